@@ -52,7 +52,7 @@ from calm.models.language_model import language_model
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.thoughts import thoughts_of
 from calm.storage.disk import write_atomically
-from calm.training.curriculum import Curriculum, Stage
+from calm.training.curriculum import Curriculum, ThoughtStage
 
 
 @contextlib.contextmanager
@@ -165,7 +165,7 @@ def training_flops(
         examples = [example for example in examples if len(example.steps) == 1]
     curriculum, total = Curriculum.of(settings, steps), 0.0
 
-    def flops_of(example: Example, stage: Stage) -> float:
+    def flops_of(example: Example, stage: ThoughtStage) -> float:
         def chunks(tokens: Sequence[int]) -> int:
             return -(-len(tokens) // size)
 

@@ -19,8 +19,8 @@ import calm
 from calm.command_help import SHELLS, brief_help, completion
 from calm.commands import COMMANDS
 from calm.errors import InputError, RunError, Terminated, reason_of
-from calm.mistakes import Options, mistake_in, sentence, types_of, unknown_command
-from calm.progress import is_first, print_line, show_progress, write_lines_for_bars
+from calm.mistakes import Options, explain, mistake_in, types_of, unknown_command
+from calm.progress import is_first_process, print_line, show_progress, write_lines_for_bars
 from calm.terminal import make_streams_robust
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe import Recipe
@@ -126,7 +126,7 @@ def _options_of(command: str, arguments: list[str]) -> Options:
     if (kind := _RECIPES.get(command)) is not None:
         hints = {**hints, "recipe": str, **types_of(kind)}
     options = Options(hints, _positional_of(COMMANDS[command]), command)
-    return dataclasses.replace(options, arguments=options.in_full(arguments))
+    return dataclasses.replace(options, arguments=options.expand_abbreviations(arguments))
 
 
 def _summary(function: Callable[..., None]) -> str:
@@ -225,7 +225,7 @@ def _parse(command: str, arguments: list[str]) -> dict[str, Any]:
     try:
         values = parser.parse_args(_inline_recipes(arguments))
     except jsonargparse.ArgumentError as error:
-        raise InputError(sentence(str(error), options)) from error
+        raise InputError(explain(str(error), options)) from error
     if (kind := _RECIPES.get(command)) is None:
         return dict(vars(parser.instantiate(values)[command]))
     recipe_fields = [field.name for field in dataclasses.fields(kind)]
@@ -268,7 +268,7 @@ def _set_up_logging(is_quiet: bool) -> None:
         logger.addHandler(_LogHandler())
     logger.propagate = False
     level = logging.WARNING if is_quiet else logging.INFO
-    logger.setLevel(level if is_first() else logging.ERROR)
+    logger.setLevel(level if is_first_process() else logging.ERROR)
 
 
 def _add_recipe_of_run(arguments: list[str]) -> list[str]:

@@ -253,10 +253,10 @@ def flops(
     from calm.report.figures import as_json, values_of_costs
     from calm.report.tables import print_costs
     from calm.training.build import model_config
-    from calm.training.continuing import completed
+    from calm.training.continuing import with_inherited_parts
     from calm.training.recipe_files import read_recipe
     from calm.training.recipe_settings import find_recipe
-    from calm.training.teacher import config_of_teacher
+    from calm.training.teacher import teacher_config
 
     folder = Path(folder_of(target))
     teacher, note = None, None
@@ -269,8 +269,8 @@ def flops(
             find_recipe(target)
         except InputError as error:
             raise InputError(str(error).rstrip(".?") + nearby_models_hint(target)) from error
-        recipe = completed(read_recipe(target))
-        config, teacher = model_config(recipe, vocab_size), config_of_teacher(recipe)
+        recipe = with_inherited_parts(read_recipe(target))
+        config, teacher = model_config(recipe, vocab_size), teacher_config(recipe)
         note = vocabulary_note(recipe, vocab_size)
     if head:
         change_head(config, head)

@@ -24,7 +24,7 @@ from calm.evaluation.scorers import scorer_of
 from calm.flops import Work, cost_of
 from calm.models.language_model import language_model
 from calm.models.loading import load_language_model_and_tokenizer
-from calm.progress import announce, tracked
+from calm.progress import announce, track
 from calm.report.facts import here_and_now
 from calm.report.measured import Comparison, ModelResult, TemperaturePoint
 from calm.texts import continue_texts
@@ -90,7 +90,7 @@ def compare(runs: Sequence[Path], data: Path | None, measures: Measures) -> Comp
     settings = dataclasses.replace(blocks_of_run(runs[0], measures.context), block_size=measures.context)
     results = [
         _measure(run, prepared, settings, prompts, measures)
-        for run in tracked(runs, "comparing", "model", stays=True)
+        for run in track(runs, "comparing", "model", stays=True)
     ]
     blocks = prepared.blocks("validation", chunk_size=NUM_ORDERS, **dataclasses.asdict(settings))
     orders = affordable_orders(measures.ngrams, prepared)

@@ -228,8 +228,8 @@ def _answers(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase)
     for index, message in enumerate(messages):
         if message["role"] != ASSISTANT:
             continue
-        before = render(tokenizer, messages[:index], to_answer=True)
-        after = render(tokenizer, messages[: index + 1], to_answer=False)
+        before = render(tokenizer, messages[:index], add_generation_prompt=True)
+        after = render(tokenizer, messages[: index + 1], add_generation_prompt=False)
         if not after.startswith(before):
             raise InputError(
                 "the chat template renders the prompt differently once an answer follows, so the two cannot "

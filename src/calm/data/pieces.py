@@ -24,7 +24,7 @@ from calm.data.engines import RunAhead, run_none
 from calm.data.tokenizer import load_tokenizer, train_tokenizer
 from calm.errors import InputError, RunError
 from calm.storage.disk import disk_errors
-from calm.storage.folders import atomic_folder, new_folder, work_of
+from calm.storage.folders import atomic_folder, new_folder, work_path
 from calm.storage.locks import locked
 from calm.text.encoding import encode_documents
 
@@ -39,7 +39,7 @@ def work_folder(output: Path) -> Iterator[Path]:
     Raises:
         RunError: If the disk is full or cannot be written.
     """
-    folder = work_of(output)
+    folder = work_path(output)
     with (
         disk_errors(output),
         new_folder(output.parent),

@@ -14,7 +14,7 @@ from pathlib import Path
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from calm.core.seeds import whole_seed
+from calm.core.seeds import as_seed
 from calm.data.counts import count
 from calm.data.engines import Engine, open_engine
 from calm.data.options import ReadingOptions
@@ -75,7 +75,7 @@ def prepare(
         InputError: If a source or setting is invalid, or there is too little text to split.
         RunError: If the disk is full, or a process dies.
     """
-    options, seed = options or ReadingOptions(), whole_seed(seed)
+    options, seed = options or ReadingOptions(), as_seed(seed)
     sources = as_sources(sources)
     names = [name_of(source) for source in sources]
     validation_sources = as_sources(validation_sources)

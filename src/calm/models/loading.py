@@ -43,7 +43,7 @@ from calm.models.weights import (
     check_size,
     read_headers,
 )
-from calm.storage.checksums import check_as_written
+from calm.storage.checksums import check_intact
 from calm.text.chat import end_of_turn_id
 from calm.text.vocabulary import check_ids
 
@@ -342,7 +342,7 @@ def _check_folder(model_class: Any, folder: Path) -> None:
     Raises:
         InputError: If files changed since they were written, or configuration and weights do not match.
     """
-    check_as_written(folder)
+    check_intact(folder)
     config, headers = load_config(folder), read_headers(folder)
     check_size(config, headers, str(folder))
     try:

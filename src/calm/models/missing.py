@@ -14,10 +14,10 @@ from huggingface_hub import constants, try_to_load_from_cache
 
 from calm.errors import InputError
 from calm.extras import require
-from calm.hub.connection import is_hub_name, may_be_on_hub, unreachable
+from calm.hub.connection import is_hub_name, may_be_on_hub, why_unreachable
 from calm.hub.gguf import as_hub_file, is_gguf
 from calm.models.shipped import MODEL_FILES, folder_of, shipped_models
-from calm.storage.disk import expanded
+from calm.storage.disk import expand_user
 
 _MAX_NAMED = 3
 _MAX_COMPARED = 50
@@ -49,7 +49,7 @@ def resolve_name(name: str) -> str:
 
 def _resolve_gguf(name: str) -> str:
     require(f"'{name}', a GGUF file,", "gguf")
-    file, hub_file = expanded(name), as_hub_file(name)
+    file, hub_file = expand_user(name), as_hub_file(name)
     if file.is_file():
         return str(file)
     if hub_file is not None and may_be_on_hub(hub_file.repository):
@@ -67,7 +67,7 @@ def check_model_exists(name: str) -> None:
     """
     if Path(resolve_name(name)).exists() or _is_cached(name):
         return
-    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable()
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else why_unreachable()
     if reason is not None:
         raise InputError(not_loaded_from_hub(name, reason))
 
@@ -83,7 +83,7 @@ def no_such_folder(name: str) -> str:
     """Error message for a name that is not a folder here and is not looked up on the hub."""
     if not name.strip():
         return f"the model name is empty{nearby_models_hint(name)}"
-    if expanded(name).is_file():
+    if expand_user(name).is_file():
         return f"cannot load '{name}': it is a file; give the folder it is in."
     owner = name.partition("/")[0]
     reason = f" (the hub was not queried, as '{owner}' is a local folder)" if is_hub_name(name) else ""
@@ -120,7 +120,7 @@ def nearby_models_hint(name: str) -> str:
 
 def _deepest_folder(name: str) -> Path:
     """Deepest existing parent of a path; the current folder if that is only the root."""
-    for parent in expanded(name).parents:
+    for parent in expand_user(name).parents:
         if parent.is_dir() and parent != Path(parent.anchor):
             return parent
     return Path()

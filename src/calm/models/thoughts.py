@@ -31,7 +31,7 @@ THOUGHT = -1
 """Placeholder for the tokens of a thought in a sequence of token ids."""
 THOUGHTS_AT_ONCE = 8
 """Most thoughts, one forward pass each, to run before other requests on the model get their turn."""
-_SCALES = Range(0, 1e9, has_least=False)
+_SCALES = Range(0, 1e9, includes_low=False)
 _EPS = 1e-12  # Keeps a zero state finite when it is rescaled.
 Filling = Literal["state", "pause"]
 

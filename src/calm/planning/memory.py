@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
 from calm.errors import InputError
-from calm.planning.alive import GRADIENTS, WORKSPACE, AliveBytes, EveryPosition
+from calm.planning.alive import GRADIENTS, WORKSPACE, AliveBytes, AssumeTrueMasks
 from calm.planning.as_gpu import AsGpu
 from calm.planning.stages import PlannedStage
 from calm.training.optimizers import build_optimizer
@@ -216,7 +216,7 @@ class Footprint:
             network.train()
             batch = stage.batch(blocks)
             alive.label(batch, BATCH)
-            with EveryPosition():
+            with AssumeTrueMasks():
                 with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
                     loss = stage.loss(batch)
                 alive.label_rest(ACTIVATIONS)

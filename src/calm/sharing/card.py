@@ -16,7 +16,7 @@ from calm.models.configuration import CalmConfig
 from calm.models.language_model import language_model
 from calm.models.shipped import shipped_models
 from calm.quantities import short
-from calm.storage.disk import expanded
+from calm.storage.disk import expand_user
 from calm.training.recipe_files import RECIPE
 
 CARD = "README.md"
@@ -110,7 +110,7 @@ def public_name(source: str) -> str:
 
     A run's model is shown by the name of the run.
     """
-    path = expanded(source)
+    path = expand_user(source)
     if not path.exists() and (is_hub_name(source.partition(":")[0]) or as_hub_file(source) is not None):
         return source
     path = path.resolve()

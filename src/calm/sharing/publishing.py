@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import HfApi
 
 from calm.errors import InputError, RunError, reason_of
-from calm.hub.connection import is_hub_name, unreachable
+from calm.hub.connection import is_hub_name, why_unreachable
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.sharing.card import CARD, recipe_text
 from calm.storage.disk import write_atomically
@@ -83,7 +83,7 @@ def check_push(repository: str) -> None:
     """
     if "/" not in repository or not is_hub_name(repository):
         raise InputError(f"'{repository}' is not a repository name on the hub; give OWNER/NAME.")
-    if (reason := unreachable()) is not None:
+    if (reason := why_unreachable()) is not None:
         raise RunError(f"'{repository}' could not be uploaded ({reason}); check the network and try again.")
 
 

@@ -47,7 +47,7 @@ def find_damage(folder: Path) -> list[str]:
         return [problem for problem in problems if problem]
 
 
-def check_as_written(folder: Path) -> None:
+def check_intact(folder: Path) -> None:
     """Check that the files of a folder are as they were written; a folder without checksums passes.
 
     Raises:

@@ -20,7 +20,7 @@ _MAX_NAME_LENGTH = 50  # Characters, of up to 4 bytes each; file systems allow 2
 Value = TypeVar("Value", dict, list)
 
 
-def expanded(name: str) -> Path:
+def expand_user(name: str) -> Path:
     """A path with ~ expanded to the home folder."""
     try:
         return Path(name).expanduser()

@@ -31,7 +31,7 @@ from calm.models.thoughts import unlearn_thoughts
 from calm.storage.disk import write_atomically
 from calm.text.decoding import decode_after
 from calm.training.adapters import check_adapters, merge_adapters, with_adapters
-from calm.training.arguments import Stage
+from calm.training.arguments import TrainingStage
 from calm.training.blocks import Blocks
 from calm.training.check import check_finetuning_recipe
 from calm.training.finetuning_recipe import FinetuningRecipe
@@ -185,7 +185,7 @@ def _train(
     set_seed(recipe.seed)
     adapted = with_adapters(model, recipe.lora, recipe.model) if recipe.lora.rank else None
     folder, tracking = run.folder / "checkpoints", tracking_of(run)
-    stage = Stage("model", settings, folder, recipe.seed, is_last=True, tracking=tracking)
+    stage = TrainingStage("model", settings, folder, recipe.seed, is_last=True, tracking=tracking)
     trainer = ChunkTrainer(model, blocks, score, stage, adapted)
     if thinking is not None:
         trained = model if adapted is None else adapted

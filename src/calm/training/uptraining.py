@@ -25,7 +25,7 @@ from calm.text.vocabulary import check_ids
 from calm.training.recipe import Recipe
 
 
-def uptrains(recipe: Recipe) -> bool:
+def is_uptraining(recipe: Recipe) -> bool:
     """Whether a recipe converts a token-level Transformer into a CALM.
 
     Raises:
@@ -93,7 +93,7 @@ def config_to_uptrain(recipe: Recipe, source: PreTrainedConfig) -> CalmConfig:
     return config
 
 
-def check_tokens(name: str, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> None:
+def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> None:
     """Raise InputError if text was prepared with another tokenizer than that of the model to be trained.
 
     Args:
@@ -119,7 +119,7 @@ def model_to_uptrain(recipe: Recipe, data: PreparedData) -> PreTrainedModel:
     assert name is not None
     source = load_transformer(name, dtype=torch.float32)  # On the CPU: a GPU may not have room for both.
     tokenizer = load_tokenizer(resolve_name(name))
-    check_tokens(name, tokenizer, data)
+    check_tokenizer(name, tokenizer, data)
     set_seed(recipe.seed)  # Codes are drawn first, so they equal those of the run's autoencoder.
     model = calm_from_transformer(source, tokenizer, recipe.chunk_size, cut_of(recipe), **_options(recipe))
     check_context(model.config, recipe.data.context)

@@ -120,7 +120,7 @@ def test_the_cache_shrinks_with_its_longest_row():
 
 
 @pytest.mark.parametrize(
-    "place", ["rows.SlotCache.joined", "reading.read_chunks", "reading.SlotCache.select"]
+    "place", ["rows.SlotCache.concat", "reading.read_chunks", "reading.SlotCache.select"]
 )
 def test_a_row_that_cannot_join_leaves_nothing_behind(place, monkeypatch):
     model = tiny_model()

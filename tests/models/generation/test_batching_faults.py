@@ -195,7 +195,7 @@ def test_rows_that_have_ended_may_stay_in_memory(model, monkeypatch):
     assert texts == [*expected[:1], *expected[2:]]
 
 
-@pytest.mark.parametrize("name", ["joined", "select"])
+@pytest.mark.parametrize("name", ["concat", "select"])
 def test_halves_that_cannot_be_copied_or_put_together(name, model, monkeypatch):
     """The second waits to join the first again; of rows that are not even copied only those are lost."""
     expected, _ = write(other := ChunkBatch(model), join_all(other), 8)
@@ -209,8 +209,8 @@ def test_halves_that_cannot_be_copied_or_put_together(name, model, monkeypatch):
             OpenRows, "select", monkeypatch
         )
     else:
-        broken = Once(OpenRows.joined, lambda parts: len(parts) > 1)
-        monkeypatch.setattr(OpenRows, "joined", broken)
+        broken = Once(OpenRows.concat, lambda parts: len(parts) > 1)
+        monkeypatch.setattr(OpenRows, "concat", broken)
     texts, failed = write(batch, rows, 7, dict(zip(rows, before, strict=True)))
     lost = 2 if name == "select" else 0
     assert [one.row for one in failed] == rows[:lost]

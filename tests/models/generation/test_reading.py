@@ -181,8 +181,8 @@ def test_prompts_of_rows_without_a_place_are_read_together_once_there_is_one(mod
     for seed, budget in enumerate(budgets[:2]):
         batch.join([5 + seed] * 6, settings, budget, seed)
     batch.step()
-    read, joined, real = Counting(model, monkeypatch), [], SlotCache.joined.__func__
-    monkeypatch.setattr(SlotCache, "joined", classmethod(lambda *own: joined.append(1) or real(*own)))
+    read, joined, real = Counting(model, monkeypatch), [], SlotCache.concat.__func__
+    monkeypatch.setattr(SlotCache, "concat", classmethod(lambda *own: joined.append(1) or real(*own)))
     for seed, budget in enumerate(budgets[2:], 2):
         batch.join([5 + seed] * (4 * seed), settings, budget, seed)
     assert len(batch) == len(budgets)

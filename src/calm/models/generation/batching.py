@@ -168,7 +168,7 @@ class ChunkBatch:
         """Add rows to those being generated; if that fails for a prompt, its rows leave."""
         try:
             if parts:
-                self._open = OpenRows.joined([*([] if self._open is None else [self._open]), *parts])
+                self._open = OpenRows.concat([*([] if self._open is None else [self._open]), *parts])
         except Exception as error:
             if len(parts) == 1:
                 return _fail(parts[0].rows, error)
@@ -248,7 +248,7 @@ class ChunkBatch:
             remaining += [self._open] if self._open is not None and self._rows else []
         self._open = remaining[0] if remaining else None
         try:
-            self._open = OpenRows.joined(remaining) if remaining else None
+            self._open = OpenRows.concat(remaining) if remaining else None
         except Exception as error:
             logger.debug("half of the rows are waiting for memory (%s)", reason_of(error))
             self._ready[:0] = remaining[1:]

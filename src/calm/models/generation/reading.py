@@ -225,7 +225,7 @@ def prefill(
     if filled is None:
         joint = DynamicCache(config=model.config.backbone)
     else:
-        slots = SlotCache.joined([filled.empty_row() if cache is None else cache for cache in caches])
+        slots = SlotCache.concat([filled.empty_row() if cache is None else cache for cache in caches])
         joint, mask_before_RC = slots.to_transformers(model.config.backbone)
         position_RC = position_RC + torch.tensor(slots.lengths, device=device).unsqueeze(-1)
         mask_RC = torch.cat([mask_before_RC.to(device), mask_RC], dim=1)

@@ -79,14 +79,14 @@ class OpenRows:
     cache: SlotCache
 
     @classmethod
-    def joined(cls, parts: Sequence["OpenRows"]) -> "OpenRows":
+    def concat(cls, parts: Sequence["OpenRows"]) -> "OpenRows":
         """Concatenate the rows of several."""
         if len(parts) == 1:
             return parts[0]
         return cls(
             [row for part in parts for row in part.rows],
             torch.cat([part.hidden_RD for part in parts]),
-            SlotCache.joined([part.cache for part in parts]),
+            SlotCache.concat([part.cache for part in parts]),
         )
 
     def with_row(self, index: int, other: "OpenRows") -> "OpenRows":

@@ -53,7 +53,7 @@ class SlotCache:
         return cls([(moved(layer.keys), moved(layer.values)) for layer in filled], mask_RC.sum(-1).tolist())
 
     @classmethod
-    def joined(cls, parts: Sequence["SlotCache"]) -> "SlotCache":
+    def concat(cls, parts: Sequence["SlotCache"]) -> "SlotCache":
         """The rows of several caches in one."""
         lengths = [length for part in parts for length in part.lengths]
         capacity = _rounded(max(lengths) + 1)
