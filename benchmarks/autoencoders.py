@@ -43,7 +43,7 @@ from calm.data.prepared import PreparedData
 from calm.evaluation.held_out import score_brier, score_reconstruction
 from calm.models.autoencoder import CalmAutoencoder
 from calm.report.tables import with_error
-from calm.storage.disk import write_file_whole
+from calm.storage.disk import write_atomically
 from calm.training.build import new_autoencoder, new_language_model
 
 NUM_BLOCKS, NUM_DRAWS = 96, 8
@@ -113,7 +113,7 @@ def main() -> None:
                 if not file.exists():
                     file.parent.mkdir(parents=True, exist_ok=True)
                     row = measure(name, seed, data, arguments.output.resolve())
-                    write_file_whole(file, json_rows(row) + "\n")
+                    write_atomically(file, json_rows(row) + "\n")
                     print(f"{name}, seed {seed}: {row}", flush=True)
     print(table([json.loads(file.read_text()) for file in sorted(arguments.results.glob("*.json"))]))
 

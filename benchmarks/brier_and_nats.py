@@ -33,7 +33,7 @@ from calm.models.calm import CalmForCausalLM
 from calm.models.loading import load_model
 from calm.report.panels import new_figure
 from calm.report.tables import with_error
-from calm.storage.disk import write_file_whole
+from calm.storage.disk import write_atomically
 from calm.training.recipe_files import RECIPE, read_recipe, with_settings
 from calm.training.stages import train
 
@@ -62,7 +62,7 @@ def main() -> None:
             if not file.exists():
                 row = {"head": head, "steps": steps, **measure(head, steps, arguments.output.resolve())}
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_file_whole(file, json_rows({**row, "machine": machine()}) + "\n")
+                write_atomically(file, json_rows({**row, "machine": machine()}) + "\n")
     rows = [json.loads(file.read_text()) for file in sorted(arguments.results.glob("*.json"))]
     print(table(rows))
     if arguments.figure:

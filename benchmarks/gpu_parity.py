@@ -15,7 +15,7 @@ import torch
 from measure import DEVICE, Cases, Row
 from torch import Tensor, nn
 
-from calm.core.random import GivenNumbers, RequestRecorder, numbers_for
+from calm.core.random import PredrawnNumbers, RequestRecorder, numbers_for
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
@@ -219,7 +219,7 @@ def _rows_that_differ(model: CalmForCausalLM, sizes: Sizes) -> int:
         numbers += numbers_for(recorder.requests, 1, sizes.rows, None)
     texts = []
     for device, writer in (("cpu", model), (DEVICE, copied(model))):
-        given: Any = GivenNumbers([drawn.to(device) for drawn in numbers])
+        given: Any = PredrawnNumbers([drawn.to(device) for drawn in numbers])
         text: Any = writer.generate(
             prompt.to(device), generator=given, temperature=1.0, max_new_tokens=4 * sizes.chunks
         )

@@ -38,7 +38,7 @@ from calm.evaluation.held_out import (
 from calm.evaluation.scorers import scorer_of
 from calm.flops import Work, cost_of
 from calm.models.loading import load_language_model_and_tokenizer
-from calm.storage.disk import write_file_whole
+from calm.storage.disk import write_atomically
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import RECIPE, read_recipe
 from calm.training.stages import train
@@ -239,7 +239,7 @@ def write_text(train_file: Path, valid: str, output: Path, vocab_size: int) -> N
     texts = {name: output / f"{name}.jsonl" for name in ("train", "held_back")}
     for name, path in texts.items():
         lines = [line for is_held_back, line in rows if is_held_back == (name == "held_back")]
-        write_file_whole(path, "".join(lines))
+        write_atomically(path, "".join(lines))
     if not (output / "data").is_dir():
         prepare([str(texts["train"])], output / "data", validation_sources=[valid], vocab_size=vocab_size)
     prepare(
@@ -253,7 +253,7 @@ def write_text(train_file: Path, valid: str, output: Path, vocab_size: int) -> N
 def save(file: Path, result: Result) -> None:
     """Write a result."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_file_whole(file, json_rows(result) + "\n")
+    write_atomically(file, json_rows(result) + "\n")
 
 
 if __name__ == "__main__":

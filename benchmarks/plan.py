@@ -31,7 +31,7 @@ from calm.planning.devices import Device, Devices
 from calm.planning.memory import Footprint, Sharing
 from calm.planning.pace import Speed, pace_of
 from calm.planning.stages import PlannedStage, stages_of
-from calm.training.arguments import Stage
+from calm.training.arguments import TrainingStage
 from calm.training.blocks import Blocks
 from calm.training.recipe_files import read_recipe, with_settings
 from calm.training.trainer import ChunkTrainer
@@ -112,7 +112,7 @@ def trainer_of(planned: PlannedStage, steps: int, folder: Path) -> ChunkTrainer:
     settings.steps, settings.log_every, settings.evaluate_every, settings.save_every = steps, 1, 0, 0
     kind: Any = AutoModel if planned.name == "autoencoder" else AutoModelForCausalLM
     network: PreTrainedModel = kind.from_config(planned.config)
-    stage = Stage(planned.name, settings, folder, seed=0, is_sharded=planned.is_sharded)
+    stage = TrainingStage(planned.name, settings, folder, seed=0, is_sharded=planned.is_sharded)
     unused: Any = None
     return ChunkTrainer(network, Blocks(blocks, blocks, planned.context, unused), lambda *_: {}, stage)
 

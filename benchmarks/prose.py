@@ -58,7 +58,7 @@ from calm.models.language_model import language_model
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.report.panels import new_figure
 from calm.report.tables import with_error
-from calm.storage.disk import write_file_whole
+from calm.storage.disk import write_atomically
 from calm.texts import continue_tokens
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import RECIPE, read_recipe
@@ -138,7 +138,7 @@ def main() -> None:
 
 def write(path: Path, value: dict[str, Any]) -> None:
     """Save a result."""
-    write_file_whole(path, json_rows(value) + "\n")
+    write_atomically(path, json_rows(value) + "\n")
 
 
 def run(name: str, budget: float, seed: int, output: Path, num_blocks: int | None) -> Result:

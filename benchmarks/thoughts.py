@@ -51,8 +51,8 @@ from calm.flops import thinking_flops
 from calm.models.language_model import language_model
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.thoughts import thoughts_of
-from calm.storage.disk import write_file_whole
-from calm.training.curriculum import Curriculum, Stage
+from calm.storage.disk import write_atomically
+from calm.training.curriculum import Curriculum, ThoughtStage
 
 
 @contextlib.contextmanager
@@ -67,7 +67,7 @@ def changed_thoughts(change: Callable[[Tensor, int], Tensor] | None) -> Iterator
         yield
         return
     index = itertools.count()
-    with mock.patch("calm.models.thoughts.scaled", lambda states, scale: change(states, next(index))):
+    with mock.patch("calm.models.thoughts.rescale", lambda states, scale: change(states, next(index))):
         yield
 
 
@@ -165,7 +165,7 @@ def training_flops(
         examples = [example for example in examples if len(example.steps) == 1]
     curriculum, total = Curriculum.of(settings, steps), 0.0
 
-    def flops_of(example: Example, stage: Stage) -> float:
+    def flops_of(example: Example, stage: ThoughtStage) -> float:
         def chunks(tokens: Sequence[int]) -> int:
             return -(-len(tokens) // size)
 
@@ -208,7 +208,7 @@ def main() -> None:
         row = measure(cell, folder, output)
         row |= {"seconds": round(time.monotonic() - start), "machine": machine()}
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_file_whole(file, json_rows(row) + "\n")
+        write_atomically(file, json_rows(row) + "\n")
         shares = {hops: share(result["answers"]["as trained"]) for hops, result in row["hops"].items()}
         print(cell.name, shares)
 

@@ -15,7 +15,7 @@ from calm.data.tokenizer import train_tokenizer
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.calm import CalmForCausalLM
 from calm.models.tokens import LlamaForCausalLM
-from calm.storage.disk import write_file_whole
+from calm.storage.disk import write_atomically
 from calm.training.build import (
     autoencoder_config,
     autoregressive_config,
@@ -54,7 +54,7 @@ class Setting:
         stage: Optimizer steps of each stage except the last.
         last: Optimizer steps of the last stage.
         one_hop: Optimizer steps on questions of a single hop, before everything else.
-        goes_on: Whether every way continues from a model that writes its steps; else some start from scratch.
+        all_pretrained: Whether every way starts from a model that writes its steps, and none from scratch.
         width: Hidden size.
         with_paths: Whether half of the questions of a single hop are from the task `path`.
     """
@@ -67,7 +67,7 @@ class Setting:
     stage: int
     last: int
     one_hop: int = 0
-    goes_on: bool = True
+    all_pretrained: bool = True
     width: int = 64
     with_paths: bool = False
 
@@ -76,26 +76,26 @@ class Setting:
         return (stages - 1) * self.stage + self.last
 
 
-LOOKS_UP = Setting(4, 10_000.0, 4e-3, 2e-3, first=700, stage=250, last=500, one_hop=1500)
+LOOKUP = Setting(4, 10_000.0, 4e-3, 2e-3, first=700, stage=250, last=500, one_hop=1500)
 """If a fact spans several positions, two layers must cooperate to look it up. Models learn that first, from
 questions of a single hop; on all questions at once, 3,000 steps were not enough."""
 SETTINGS = {
-    ("path", "K4"): Setting(2, 100.0, 2e-2, 5e-3, first=500, stage=200, last=400, goes_on=False),
+    ("path", "K4"): Setting(2, 100.0, 2e-2, 5e-3, first=500, stage=200, last=400, all_pretrained=False),
     ("graph", "K4"): Setting(4, 100.0, 1e-2, 5e-3, first=4000, stage=250, last=750),
     ("chain", "K4"): Setting(2, 100.0, 1e-2, 5e-3, first=1500, stage=250, last=750, one_hop=1500, width=128),
 }
 """For chunks of four tokens, where a fact is one position."""
-SEARCHES = dataclasses.replace(LOOKS_UP, first=2500, last=750)
+SEARCH = dataclasses.replace(LOOKUP, first=2500, last=750)
 """The written steps of a search take longer to learn: 700 steps were too few, and for K = 2, 1,500 nearly."""
-SETTINGS |= {("graph", kind): SEARCHES for kind in ("llama", "K1", "K2")}
-COMPUTES = dataclasses.replace(LOOKS_UP, one_hop=2000, first=3500, last=750, with_paths=True)
+SETTINGS |= {("graph", kind): SEARCH for kind in ("llama", "K1", "K2")}
+COMPUTATION = dataclasses.replace(LOOKUP, one_hop=2000, first=3500, last=750, with_paths=True)
 """From `chain` alone, look-ups were not learned in 3,000 steps; with questions of `path` mixed in, in 1,200:
 there, the fact that is looked up is the answer, and nothing has to be computed from it. Written steps then
 took 2,300."""
-SETTINGS["chain", "llama"] = COMPUTES
-SETTINGS |= {("chain", kind): dataclasses.replace(COMPUTES, one_hop=4000) for kind in ("K1", "K2")}
+SETTINGS["chain", "llama"] = COMPUTATION
+SETTINGS |= {("chain", kind): dataclasses.replace(COMPUTATION, one_hop=4000) for kind in ("K1", "K2")}
 """Chunks of two tokens learn the look-up between steps 1,800 and 2,100, if learning rates are still high."""
-MARKING = 300
+MARKER_STEPS = 300
 """Optimizer steps in which a model learns the markers of thoughts."""
 
 
@@ -104,16 +104,16 @@ class Way:
     """A way of training.
 
     Args:
-        begins_with: The way whose weights it starts from; None for new ones.
+        parent: The way whose weights it starts from; None for new ones.
         thoughts: Number of stages -> settings `thoughts` of the recipe.
-        is_whole: Whether its training is as long as the first one and the curriculum together.
-        times: Factor on the length of its stages.
+        has_full_length: Whether it trains for as long as `steps` and the curriculum together.
+        length_factor: Factor on the length of its stages.
     """
 
-    begins_with: str | None
+    parent: str | None
     thoughts: Callable[[int], dict[str, Any]]
-    is_whole: bool = False
-    times: int = 1
+    has_full_length: bool = False
+    length_factor: int = 1
 
 
 def supervised(mode: str, stages: int) -> dict[str, Any]:
@@ -135,7 +135,7 @@ WAYS = {
     "supervised_pause": Way(None, lambda stages: supervised("pause", stages), True),
 }
 WAYS |= {
-    f"{name}_longer": dataclasses.replace(WAYS[name], times=3)
+    f"{name}_longer": dataclasses.replace(WAYS[name], length_factor=3)
     for name in ("no_cot", "drop", "pause", "thoughts", "supervised", "supervised_pause")
 }
 
@@ -164,13 +164,13 @@ class Cell:
     @property
     def setting(self) -> Setting:
         """How it is trained."""
-        return SETTINGS.get((self.task, self.kind), LOOKS_UP)
+        return SETTINGS.get((self.task, self.kind), LOOKUP)
 
     @property
     def before(self) -> "Cell | None":
         """The model whose weights it starts from; where look-ups are hard to learn, one that knows them."""
-        way = WAYS[self.way].begins_with
-        if self.setting.goes_on and way is None:
+        way = WAYS[self.way].parent
+        if self.setting.all_pretrained and way is None:
             is_marked = WAYS[self.way].thoughts(1)["mode"] != "drop"
             earlier = {"one_hop": None, "steps": "one_hop" if self.setting.one_hop else None}
             earlier["marked_steps"] = "steps"
@@ -224,11 +224,11 @@ def steps_of(cell: Cell) -> int:
     if cell.way == "one_hop":
         return setting.one_hop
     if cell.before is not None and cell.way == "marked_steps":
-        return MARKING
-    curriculum = way.times * setting.curriculum(max(HOPS[cell.task]))
+        return MARKER_STEPS
+    curriculum = way.length_factor * setting.curriculum(max(HOPS[cell.task]))
     if cell.before is not None and cell.way != "steps":
         return curriculum
-    return way.times * setting.first + curriculum if way.is_whole else setting.first
+    return way.length_factor * setting.first + curriculum if way.has_full_length else setting.first
 
 
 def settings_of(cell: Cell) -> ThoughtSettings:
@@ -236,7 +236,7 @@ def settings_of(cell: Cell) -> ThoughtSettings:
     thoughts = WAYS[cell.way].thoughts(max(HOPS[cell.task]))
     return ThoughtSettings(
         per_step=4 // max(1, KINDS[cell.kind]) if thoughts.get("supervised") else 1,
-        steps_per_stage=cell.setting.stage * WAYS[cell.way].times,
+        steps_per_stage=cell.setting.stage * WAYS[cell.way].length_factor,
         **thoughts,
     )
 
@@ -295,7 +295,7 @@ def write_text(cell: Cell, output: Path) -> None:
         files = [output / f"{task}_one_hop.jsonl" for task in (cell.task, "path")]
         task_lines, path_lines = (part.read_text().splitlines()[: NUM_ITEMS // 2] for part in files)
         turns = itertools.chain.from_iterable(zip(task_lines, path_lines, strict=True))
-        write_file_whole(file, "".join(f"{line}\n" for line in turns))
+        write_atomically(file, "".join(f"{line}\n" for line in turns))
 
 
 def write_items(task: str, output: Path) -> None:
@@ -306,6 +306,6 @@ def write_items(task: str, output: Path) -> None:
             file = output / f"{name}{'_held_out' if held_out else ''}.jsonl"
             if not file.exists():
                 rows = zip(*(items(task, hops, 0, number, held_out) for hops in all_hops), strict=True)
-                write_file_whole(
+                write_atomically(
                     file, "".join(json.dumps(item.record) + "\n" for row in rows for item in row)
                 )

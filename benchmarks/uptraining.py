@@ -33,7 +33,7 @@ from calm.models.language_model import language_model
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.report.panels import new_figure
 from calm.report.tables import with_error
-from calm.storage.disk import write_file_whole
+from calm.storage.disk import write_atomically
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import RECIPE, read_recipe, with_settings
 from calm.training.stages import train
@@ -158,7 +158,7 @@ def run(way: str, arguments: argparse.Namespace) -> None:
         "machine": machine(),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_file_whole(file, json_rows(row) + "\n")
+    write_atomically(file, json_rows(row) + "\n")
 
 
 def recipe_of(way: str, source: Path, data: Path, budget: float, output: Path) -> Recipe:

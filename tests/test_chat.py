@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from calm.chat import Conversation
 from calm.cli import main
 from calm.commands.chatting import print_chunks
-from calm.data.examples import give_template
+from calm.data.examples import set_chat_template
 from calm.data.stories import stories
 from calm.data.tokenizer import train_tokenizer
 from calm.errors import InputError
@@ -23,7 +23,7 @@ from calm.texts import continue_tokens
 @pytest.fixture(scope="module")
 def tokenizer():
     tokenizer = train_tokenizer(stories(0, 20), 320)
-    give_template(tokenizer, None)
+    set_chat_template(tokenizer, None)
     return tokenizer
 
 
@@ -137,7 +137,7 @@ def test_chunks_of_an_answer_open(folder, tokenizer, monkeypatch, capsys):
     calm = tiny_model(4, vocab_size=320)
     conversation = Conversation(calm, tokenizer, seed=1, max_new_tokens=12)
     conversation.answer("Hello", lambda _: None)
-    found = conversation.alternatives([1.0, 0.5], num_draws=300, most=5)
+    found = conversation.alternatives([1.0, 0.5], num_draws=300, max_candidates=5)
     assert conversation.last is not None
     assert [token for chunk, _ in found for token in chunk] == conversation.last[1]
     for chunk, alternatives in found:
@@ -145,7 +145,7 @@ def test_chunks_of_an_answer_open(folder, tokenizer, monkeypatch, capsys):
         assert chunk in [list(one.tokens) for one in alternatives.candidates]
     cut = Conversation(calm, tokenizer, seed=1, max_new_tokens=6)
     cut.answer("Hello", lambda _: None)
-    (whole, of_whole), (part, of_part) = cut.alternatives([1.0], num_draws=20, most=1000)
+    (whole, of_whole), (part, of_part) = cut.alternatives([1.0], num_draws=20, max_candidates=1000)
     assert whole in [list(one.tokens) for one in of_whole.candidates] and len(part) == 2
     assert all(one.count for one in of_part.candidates)  # A part of a chunk is none that was never drawn.
     capsys.readouterr()
@@ -206,7 +206,7 @@ def test_a_model_thinks_before_each_answer(number, tokenizer):
         how = {"max_new_tokens": 12, "temperature": 0.0, "num_thoughts": number}
         expected = continue_tokens(thinker, tokenizer, [prompt], **how)[0].tolist()
         assert expected[: len(written)] == written
-        for chunk, alternatives in conversation.alternatives([0.0], num_draws=8, most=1):
+        for chunk, alternatives in conversation.alternatives([0.0], num_draws=8, max_candidates=1):
             [own] = [one for one in alternatives.candidates if list(one.tokens) == chunk]
             assert own.probabilities == [1.0]
 

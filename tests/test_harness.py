@@ -14,7 +14,7 @@ from other_tokenizers import KINDS
 from tiny import thinking_model, tiny_model
 
 from calm.core.chunks import align_to_chunks, split_into_chunks
-from calm.data.examples import give_template
+from calm.data.examples import set_chat_template
 from calm.data.stories import stories
 from calm.data.tokenizer import train_tokenizer
 from calm.errors import InputError
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
     torch.manual_seed(4)
     folder = tmp_path_factory.mktemp("models") / "small"
     tokenizer = train_tokenizer(stories(0, 20), 320)
-    give_template(tokenizer, None)
+    set_chat_template(tokenizer, None)
     tiny_model(4, vocab_size=320).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

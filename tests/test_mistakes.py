@@ -6,7 +6,7 @@ import pytest
 from toy import failure
 
 from calm.errors import InputError
-from calm.mistakes import Options, mistake_in, sentence, types_of, unknown, unknown_command
+from calm.mistakes import Options, explain, mistake_in, types_of, unknown, unknown_command
 from calm.training.recipe import DataSettings, Recipe
 from calm.training.recipe_files import read_recipe, with_settings
 
@@ -105,13 +105,12 @@ def test_recipes_that_are_right(tmp_path):
 
 def test_what_is_shown_of_a_value():
     options = Options({"seed": int, "kind": Literal["a", "b"], "any": Any}, arguments=["--seed=x"])
-    assert "got 'xxx" in sentence(f'Parser key "seed": Got value: {"x" * 900}', options)
-    assert len(sentence(f'Parser key "seed": Got value: {"x" * 900}', options)) < 120
+    assert "got 'xxx" in explain(f'Parser key "seed": Got value: {"x" * 900}', options)
+    assert len(explain(f'Parser key "seed": Got value: {"x" * 900}', options)) < 120
     assert (
-        sentence('Parser key "seed":\n  Got value: ', options)
-        == "--seed must be a whole number, got nothing."
+        explain('Parser key "seed":\n  Got value: ', options) == "--seed must be a whole number, got nothing."
     )
-    assert sentence("something else\n  of two lines", options) == "something else of two lines"
+    assert explain("something else\n  of two lines", options) == "something else of two lines"
 
 
 @pytest.mark.parametrize(

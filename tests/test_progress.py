@@ -4,7 +4,7 @@ import pytest
 from tqdm import tqdm
 
 import calm.progress as progress
-from calm.progress import progress_bar, show_progress, tell, tracked, write_lines_for_bars
+from calm.progress import announce, progress_bar, show_progress, track, write_lines_for_bars
 
 # Commands that an earlier test has run leave lines in the place of bars.
 _BARS = {name: getattr(tqdm, name) for name in ("display", "clear", "moveto", "close")}
@@ -26,9 +26,9 @@ def lines(bars, monkeypatch):
 
 
 def test_a_log_gets_lines_without_carriage_returns(lines, capsys):
-    for _ in tracked(range(4), "scoring", "batch"):
-        for _ in tracked([1, 2], "drawing", "chunk"):
-            tell("a note")
+    for _ in track(range(4), "scoring", "batch"):
+        for _ in track([1, 2], "drawing", "chunk"):
+            announce("a note")
     with tqdm(total=3, desc="of a library", mininterval=0) as bar:
         bar.update(3)
     said = capsys.readouterr().err
@@ -41,7 +41,7 @@ def test_a_log_gets_lines_without_carriage_returns(lines, capsys):
 
 def test_quick_work_leaves_no_line(lines, monkeypatch, capsys):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 30)
-    assert list(tracked(iter("abc"), "reading", "letter", total=3)) == ["a", "b", "c"]
+    assert list(track(iter("abc"), "reading", "letter", total=3)) == ["a", "b", "c"]
     assert capsys.readouterr().err == ""
 
 
@@ -61,8 +61,8 @@ def test_nothing_is_shown_where_nobody_wants_it(lines, monkeypatch, capsys, why)
     else:
         monkeypatch.setenv("RANK", "1")
     try:
-        assert list(tracked([1, 2], "scoring", "batch")) == [1, 2]
-        tell("a note")
+        assert list(track([1, 2], "scoring", "batch")) == [1, 2]
+        announce("a note")
         assert capsys.readouterr().err == ""
     finally:
         show_progress()

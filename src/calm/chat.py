@@ -5,13 +5,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from calm.core.seeds import whole_seed
+from calm.core.seeds import as_seed
 from calm.errors import InputError
-from calm.models.context import room_beside
+from calm.models.context import remaining_context
 from calm.models.generation.alternatives import Alternatives, ends_of, up_to_end
 from calm.models.language_model import language_model
 from calm.models.thoughts import num_tokens_of
-from calm.progress import tracked
+from calm.progress import track
 from calm.text.chat import ASSISTANT, encode_chat
 from calm.text.decoding import spell_tokens
 from calm.texts import TextListener, continue_tokens
@@ -54,7 +54,7 @@ class Conversation:
         self._model, self._tokenizer = model, tokenizer
         self._max_new_tokens, self._num_thoughts = max_new_tokens, num_thoughts
         try:
-            self._seed = None if seed is None else whole_seed(seed)
+            self._seed = None if seed is None else as_seed(seed)
             self._thoughts = language_model(model).thoughts(num_thoughts)
         except ValueError as error:
             raise InputError(str(error)) from error
@@ -117,7 +117,7 @@ class Conversation:
         return num_dropped
 
     def alternatives(
-        self, temperatures: Sequence[float], num_draws: int, most: int
+        self, temperatures: Sequence[float], num_draws: int, max_candidates: int
     ) -> list[tuple[list[int], Alternatives]]:
         """The chunks of the last answer, and what each could have been.
 
@@ -127,7 +127,7 @@ class Conversation:
         Args:
             temperatures: See `calm.models.generation.alternatives.draw_alternatives`.
             num_draws: Draws per chunk.
-            most: Maximum number of candidates per chunk.
+            max_candidates: Maximum number of candidates per chunk.
 
         Raises:
             InputError: If there is no answer yet, or the model generates token by token.
@@ -136,7 +136,7 @@ class Conversation:
             raise InputError("there is no answer yet.")
         view, (prompt, answer) = language_model(self._model), self.last
         size, ends, chunks = view.chunk_size, ends_of(self._model.config), []
-        for start in tracked(range(0, len(answer), size), "drawing", "chunk"):
+        for start in track(range(0, len(answer), size), "drawing", "chunk"):
             chunk = list(up_to_end(answer[start : start + size], ends))
             alternatives = view.alternatives(
                 prompt,
@@ -144,7 +144,7 @@ class Conversation:
                 written=answer[:start],
                 num_draws=num_draws,
                 temperatures=temperatures,
-                most=most,
+                max_candidates=max_candidates,
                 seed=0,
                 chunk=chunk if len(chunk) == size or chunk[-1] in ends else (),
             )
@@ -179,4 +179,4 @@ class Conversation:
 
     def _room_after(self, prompt: Sequence[int]) -> int | None:
         """Tokens that fit after a prompt and its thoughts; None if there is no limit."""
-        return room_beside(self._model.config, len(prompt) + self._thought_tokens)
+        return remaining_context(self._model.config, len(prompt) + self._thought_tokens)

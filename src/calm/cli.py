@@ -19,9 +19,9 @@ import calm
 from calm.command_help import SHELLS, brief_help, completion
 from calm.commands import COMMANDS
 from calm.errors import InputError, RunError, Terminated, reason_of
-from calm.mistakes import Options, mistake_in, sentence, types_of, unknown_command
-from calm.progress import is_first, show_progress, write, write_lines_for_bars
-from calm.terminal import make_output_sturdy
+from calm.mistakes import Options, explain, mistake_in, types_of, unknown_command
+from calm.progress import is_first_process, print_line, show_progress, write_lines_for_bars
+from calm.terminal import make_streams_robust
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe import Recipe
 
@@ -126,7 +126,7 @@ def _options_of(command: str, arguments: list[str]) -> Options:
     if (kind := _RECIPES.get(command)) is not None:
         hints = {**hints, "recipe": str, **types_of(kind)}
     options = Options(hints, _positional_of(COMMANDS[command]), command)
-    return dataclasses.replace(options, arguments=options.in_full(arguments))
+    return dataclasses.replace(options, arguments=options.expand_abbreviations(arguments))
 
 
 def _summary(function: Callable[..., None]) -> str:
@@ -135,7 +135,7 @@ def _summary(function: Callable[..., None]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command. A user error prints one sentence and exits with code 2, a failed run with 1."""
-    make_output_sturdy()
+    make_streams_robust()
     try:
         _run(list(sys.argv[1:] if arguments is None else arguments))
     except InputError as error:
@@ -225,7 +225,7 @@ def _parse(command: str, arguments: list[str]) -> dict[str, Any]:
     try:
         values = parser.parse_args(_inline_recipes(arguments))
     except jsonargparse.ArgumentError as error:
-        raise InputError(sentence(str(error), options)) from error
+        raise InputError(explain(str(error), options)) from error
     if (kind := _RECIPES.get(command)) is None:
         return dict(vars(parser.instantiate(values)[command]))
     recipe_fields = [field.name for field in dataclasses.fields(kind)]
@@ -258,7 +258,7 @@ class _LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
-        write(f"calm: {self.format(record)}")
+        print_line(f"calm: {self.format(record)}")
 
 
 def _set_up_logging(is_quiet: bool) -> None:
@@ -268,7 +268,7 @@ def _set_up_logging(is_quiet: bool) -> None:
         logger.addHandler(_LogHandler())
     logger.propagate = False
     level = logging.WARNING if is_quiet else logging.INFO
-    logger.setLevel(level if is_first() else logging.ERROR)
+    logger.setLevel(level if is_first_process() else logging.ERROR)
 
 
 def _add_recipe_of_run(arguments: list[str]) -> list[str]:

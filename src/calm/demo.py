@@ -13,7 +13,7 @@ from calm.data.stories import NUM_STORIES, stories, write_stories
 from calm.errors import InputError
 from calm.evaluation.held_out import Scorecard
 from calm.extras import require
-from calm.results import Showing, show_results
+from calm.results import ReportOptions, show_results
 from calm.storage.folders import check_output, new_folder
 from calm.storage.ours import TRAINED
 from calm.training.check import check_model
@@ -57,8 +57,8 @@ def run_demo(
         say("training the autoencoder, then the language model")
         train(recipe, output, overwrite=overwrite)
     say("scoring held-out stories, and letting the model continue some")
-    showing = Showing(title="CALM on small stories", num_blocks=None, sample_tokens=400)
-    return show_results(output, showing)
+    options = ReportOptions(title="CALM on small stories", num_blocks=None, sample_tokens=400)
+    return show_results(output, options)
 
 
 def _check_stories(path: Path, seed: int) -> None:

@@ -21,7 +21,7 @@ from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.heads import HeadFlops
 from calm.models.thoughts import thoughts_of
-from calm.models.token_layers import LIKE_LLAMA, head_size, weights_of_layer
+from calm.models.token_layers import LIKE_LLAMA, head_size, num_layer_weights
 from calm.ranges import BLOCKS, NUM_THOUGHTS, Range
 
 POSITIONS = 2048
@@ -283,7 +283,7 @@ def _head(config: CalmConfig) -> HeadFlops:
 
 def _decoder_weights(config: Any) -> int:
     """Multiply-adds of a Llama's layers at one position, excluding attention scores."""
-    return config.num_hidden_layers * weights_of_layer(config)
+    return config.num_hidden_layers * num_layer_weights(config)
 
 
 def _attention(config: Any, positions: int) -> int:

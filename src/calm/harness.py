@@ -19,7 +19,7 @@ from torch import Tensor
 
 from calm.core.chunks import split_into_chunks
 from calm.core.random import generators_of_rows, seed_of
-from calm.core.seeds import whole_seed
+from calm.core.seeds import as_seed
 from calm.errors import InputError
 from calm.extras import not_installed
 from calm.models.calm import CalmForCausalLM
@@ -84,7 +84,7 @@ class HarnessModel(LM):
             raise InputError(
                 f"'{pretrained}' is not a CALM; use the harness's own model class (hf) for other models."
             )
-        self._model, self._choices, self._seed = model, choices, whole_seed(seed)
+        self._model, self._choices, self._seed = model, choices, as_seed(seed)
         self._temperature, self._num_draws = temperature, num_draws
         self._batch_size = int(batch_size) if str(batch_size).isdigit() else 8
         self._max_gen_toks, self._thoughts = max_gen_toks, thoughts_of(model.config)
@@ -102,7 +102,7 @@ class HarnessModel(LM):
         if self._tokenizer.chat_template is None:
             raise InputError("the model has no chat template; leave out --apply_chat_template.")
         self._is_chat = True
-        return render(self._tokenizer, chat_history, to_answer=add_generation_prompt)
+        return render(self._tokenizer, chat_history, add_generation_prompt=add_generation_prompt)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate the text after each context, up to its first stop string.

@@ -35,7 +35,7 @@ class Options:
     command: str = ""
     arguments: Sequence[str] = ()
 
-    def in_full(self, arguments: Sequence[str]) -> list[str]:
+    def expand_abbreviations(self, arguments: Sequence[str]) -> list[str]:
         """Arguments with abbreviated options written in full; ambiguous ones stay as they are."""
         known = [f"--{name}" for name in self.types if name not in self.positional]
         result = list(arguments)
@@ -96,7 +96,7 @@ def mistake_in(values: Mapping[str, Any], options: Options, prefix: str = "") ->
     return None
 
 
-def sentence(message: str, options: Options) -> str:
+def explain(message: str, options: Options) -> str:
     """jsonargparse's message about arguments or a recipe, as one plain sentence."""
     text = " ".join(message.split()).removeprefix('Parser key "recipe": ')
     for pattern, restate in _RESTATED:

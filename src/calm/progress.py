@@ -44,11 +44,11 @@ def progress_bar(
         leave=stays,
         delay=_SECONDS_BEFORE_A_BAR,
         dynamic_ncols=True,
-        disable=not (_is_shown and is_first()),
+        disable=not (_is_shown and is_first_process()),
     )
 
 
-def tracked(
+def track(
     items: Iterable[Item], description: str, unit: str, *, total: int | None = None, stays: bool = False
 ) -> Iterator[Item]:
     """Iterate over items with a progress bar.
@@ -68,19 +68,19 @@ def tracked(
             bar.update()
 
 
-def tell(text: str) -> None:
+def announce(text: str) -> None:
     """Print a line on standard error, above any bars; print nothing if bars are turned off."""
-    if _is_shown and is_first():
-        write(text)
+    if _is_shown and is_first_process():
+        print_line(text)
 
 
-def write(text: str) -> None:
+def print_line(text: str) -> None:
     """Print a line on standard error, above any bars."""
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()
 
 
-def is_first() -> bool:
+def is_first_process() -> bool:
     """Whether this is the first process of a group, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 

@@ -8,30 +8,30 @@ from calm.errors import InputError, shown
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `least` to `most`.
+    """Numbers from `low` to `high`.
 
     Args:
-        least: Lower bound.
-        most: Upper bound.
-        has_least: Whether the lower bound is included.
-        has_most: Whether the upper bound is included.
+        low: Lower bound.
+        high: Upper bound.
+        includes_low: Whether the lower bound is included.
+        includes_high: Whether the upper bound is included.
     """
 
-    least: float
-    most: float = math.inf
-    has_least: bool = True
-    has_most: bool = True
+    low: float
+    high: float = math.inf
+    includes_low: bool = True
+    includes_high: bool = True
 
     def __contains__(self, value: float) -> bool:
-        above = value >= self.least if self.has_least else value > self.least
-        below = value <= self.most if self.has_most else value < self.most
+        above = value >= self.low if self.includes_low else value > self.low
+        below = value <= self.high if self.includes_high else value < self.high
         return above and below and math.isfinite(value)
 
     def __str__(self) -> str:
-        lower = f"at least {self.least:,}" if self.has_least else f"above {self.least:,}"
-        if math.isinf(self.most):
+        lower = f"at least {self.low:,}" if self.includes_low else f"above {self.low:,}"
+        if math.isinf(self.high):
             return f"{lower} and finite"
-        return f"{lower} and {f'at most {self.most:,}' if self.has_most else f'below {self.most:,}'}"
+        return f"{lower} and {f'at most {self.high:,}' if self.includes_high else f'below {self.high:,}'}"
 
     def check(self, name: str, value: float) -> None:
         """Raise ValueError if a value is out of range.

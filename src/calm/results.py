@@ -28,7 +28,7 @@ from calm.training.processes import processes
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import RECIPE, read_recipe
 from calm.training.runs import HISTORY
-from calm.training.teacher import read_facts_of_teacher
+from calm.training.teacher import read_teacher_facts
 
 logger = logging.getLogger(__name__)
 REPORT = "report.html"
@@ -39,8 +39,8 @@ _TEMPERATURE = 0.5  # Of the samples.
 
 
 @dataclasses.dataclass(frozen=True)
-class Showing:
-    """How much a finished run shows.
+class ReportOptions:
+    """How much of a finished run is shown.
 
     Args:
         title: Heading of the report.
@@ -53,14 +53,14 @@ class Showing:
     sample_tokens: int = 150
 
 
-def show_results(folder: Path, showing: Showing) -> Scorecard:
+def show_results(folder: Path, options: ReportOptions) -> Scorecard:
     """Score the model of a run on its held-out text, generate samples, and write the report.
 
     All processes of a run call this together; the first prints and writes.
 
     Args:
         folder: Folder of the run.
-        showing: How much to show.
+        options: How much to show.
 
     Raises:
         InputError: If the held-out text is too short to score, or a file of the run is damaged.
@@ -73,16 +73,16 @@ def show_results(folder: Path, showing: Showing) -> Scorecard:
         data,
         block_settings(recipe),
         ngrams=_floors(recipe, data),
-        num_blocks=showing.num_blocks,
+        num_blocks=options.num_blocks,
     )
     if not processes().is_main_process:
         return card
     print_scorecard(card)
-    samples = _generate_samples(model, tokenizer, data, recipe.seed, showing)
+    samples = _generate_samples(model, tokenizer, data, recipe.seed, options)
     console = Console(highlight=False)
     for sample in samples:
         console.print(f"[bold]{escape(sample.prompt)}[/bold]{escape(sample.continuation)}\n")
-    _write_report(folder, recipe, showing.title, card, samples, model)
+    _write_report(folder, recipe, options.title, card, samples, model)
     path = shlex.quote(str(folder))
     words = " ".join(samples[0].prompt.split()[:4]) if samples else "Once"
     _print_next(f"generate {path} {shlex.quote(words)} --stream", f"serve {path}")
@@ -102,7 +102,7 @@ def _generate_samples(
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
     seed: int,
-    showing: Showing,
+    options: ReportOptions,
 ) -> list[Sample]:
     """Continuations of the first words of held-out documents."""
     beginnings = data.held_out_beginnings(NUM_SAMPLES)
@@ -110,7 +110,7 @@ def _generate_samples(
         model,
         tokenizer,
         [beginning for beginning, _ in beginnings],
-        at_most=showing.sample_tokens,
+        at_most=options.sample_tokens,
         temperature=_TEMPERATURE,
         seed=seed,
         crop=True,
@@ -129,7 +129,7 @@ def _write_report(
         return
     history = read_history(folder / HISTORY)
     text = (folder / RECIPE).read_text(encoding="utf-8")
-    facts = facts_of(recipe, model, history, read_facts_of_teacher(folder))
+    facts = facts_of(recipe, model, history, read_teacher_facts(folder))
     write_report(folder / REPORT, RunReport(title, card, history, samples, text, facts))
     print(f"report: {folder / REPORT}")
 
@@ -143,7 +143,7 @@ def show_results_once(folder: Path) -> None:
     if (folder / REPORT).is_file():
         return
     try:
-        show_results(folder, Showing(title=folder.resolve().name))
+        show_results(folder, ReportOptions(title=folder.resolve().name))
     except InputError as error:
         logger.warning("no scores: %s", error)
 

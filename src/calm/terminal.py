@@ -13,7 +13,7 @@ CLOSED_PIPE = 141  # As shells report a process killed by SIGPIPE.
 _PIPE_ERRORS = (errno.EPIPE, errno.EINVAL) if os.name == "nt" else (errno.EPIPE,)
 
 
-def make_output_sturdy() -> None:
+def make_streams_robust() -> None:
     """Make the standard streams of this process accept whatever is printed.
 
     Characters that their encoding lacks are replaced, and closed streams become the null device. When nobody

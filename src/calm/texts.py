@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from calm.errors import InputError
-from calm.models.context import check_room, longest_context, room_beside
+from calm.models.context import check_room, longest_context, remaining_context
 from calm.models.generation.arguments import num_texts
 from calm.models.generation.generate import DEFAULT_MAX_NEW_TOKENS
 from calm.models.language_model import language_model
@@ -122,9 +122,9 @@ def continue_tokens(
     thought_tokens = _tokens_of_thoughts(model, num_thoughts)
     longest = max(map(len, prompts))
     if max_new_tokens is None:
-        room = room_beside(model.config, longest + thought_tokens)
+        room = remaining_context(model.config, longest + thought_tokens)
         if crop and room == 0:
-            room = (room_beside(model.config, 1 + thought_tokens) or 0) // 2
+            room = (remaining_context(model.config, 1 + thought_tokens) or 0) // 2
         max_new_tokens = at_most if room is None else max(1, min(at_most, room))
     if crop:
         prompts = crop_prompts(model, prompts, max_new_tokens + thought_tokens)
@@ -166,7 +166,7 @@ def crop_prompts(model: PreTrainedModel, prompts: Sequence[list[int]], budget: i
     Raises:
         InputError: If the context has no room for a prompt beside these tokens.
     """
-    room = room_beside(model.config, budget)
+    room = remaining_context(model.config, budget)
     if room is None:
         return list(prompts)
     if room < 1:

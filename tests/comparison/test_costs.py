@@ -8,8 +8,8 @@ from calm.comparison.costs import (
     affordable_steps,
     autoencoder_flops,
     language_model_flops,
+    pretrained_parts,
     record_of,
-    trained_before,
 )
 from calm.comparison.measures import _open_data
 from calm.errors import InputError
@@ -60,7 +60,7 @@ def test_an_autoencoder_that_is_not_trained_costs_nothing(changes, recipe):
     ],
 )
 def test_what_was_trained_before_a_run(changes, excluded, recipe):
-    assert trained_before(with_settings(recipe, changes)) == excluded
+    assert pretrained_parts(with_settings(recipe, changes)) == excluded
 
 
 def test_the_record_of_a_run_excludes_what_was_trained_before(recipe, tmp_path):

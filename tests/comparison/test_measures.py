@@ -14,7 +14,7 @@ from calm.errors import InputError
 from calm.evaluation.held_out import score_model
 from calm.models.loading import load_model_and_tokenizer
 from calm.report.ablation import write_ablation
-from calm.results import Showing, show_results
+from calm.results import ReportOptions, show_results
 from calm.sharing.card import CardDetails
 from calm.sharing.trained import card_of_training
 from calm.training.recipe_files import read_recipe, with_settings, write_recipe
@@ -60,7 +60,7 @@ def test_a_run_has_the_same_scores_wherever_they_are_shown(tmp_path):
     ablation = Ablation(question="Which?", choices=[Choice(name="one", settings={})])
     table = run_ablation(ablation, recipe, [3], tmp_path / "out")
     run = tmp_path / "out/one/seed3"
-    card = show_results(run, Showing("one", num_blocks=None, sample_tokens=4))
+    card = show_results(run, ReportOptions("one", num_blocks=None, sample_tokens=4))
     data = load_prepared(tmp_path / "out/data")
     model, _ = load_model_and_tokenizer(str(run / "model"))
     packed, apart = (

@@ -13,7 +13,7 @@ from calm.core.random import (
     select_rows,
     uniform,
 )
-from calm.core.seeds import whole_seed
+from calm.core.seeds import as_seed
 
 STREAM_OF_1 = (
     3670236552952639142  # Of the tokens 5 and 6; another number would change every text that has a seed.
@@ -80,7 +80,7 @@ def test_a_seed_is_a_number_whatever_has_made_it():
     assert {generator_of_row(1, one).initial_seed() for one in rows} == {STREAM_OF_1}
     first, second = generators_of_rows(1, [torch.tensor([5, 6]), [5, 6]])  # The second is a copy.
     assert first.initial_seed() == STREAM_OF_1 != second.initial_seed()
-    assert whole_seed(-(2**70)) == -(2**70)
+    assert as_seed(-(2**70)) == -(2**70)
 
 
 @pytest.mark.parametrize(

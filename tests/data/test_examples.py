@@ -13,9 +13,9 @@ from calm.core.chunks import IGNORED_LABEL, find_targets
 from calm.data.examples import (
     PLAIN_TEMPLATE,
     Example,
-    give_template,
     lay_out,
     read_examples,
+    set_chat_template,
     split_examples,
 )
 from calm.data.stories import stories
@@ -31,7 +31,7 @@ PAD, EOS = 0, 1
 @pytest.fixture(scope="module")
 def tokenizer():
     tokenizer = train_tokenizer(stories(0, 20), 400)
-    give_template(tokenizer, None)
+    set_chat_template(tokenizer, None)
     return tokenizer
 
 
@@ -146,7 +146,7 @@ def test_a_template_of_ones_own(tokenizer, tmp_path):
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     other = train_tokenizer(stories(0, 20), 400)
-    give_template(other, str(tmp_path / "template.jinja"))
+    set_chat_template(other, str(tmp_path / "template.jinja"))
     record = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
     [[example]] = read_examples(written(tmp_path / "a.jsonl", record), other)
     assert other.decode(example.prompt) == "[user]Hi<|eos|>\n[assistant]"
@@ -328,7 +328,7 @@ def test_parquet_and_packed_lines_hold_the_same(tokenizer, tmp_path):
 def test_the_plain_template_is_given_only_where_there_is_none():
     other = train_tokenizer(stories(0, 20), 400)
     other.chat_template = "mine"
-    give_template(other, None)
+    set_chat_template(other, None)
     assert other.chat_template == "mine" != PLAIN_TEMPLATE
     with pytest.raises(InputError, match="cannot be read"):
-        give_template(other, "none.jinja")
+        set_chat_template(other, "none.jinja")

@@ -206,7 +206,7 @@ def test_hops_that_there_are_not(name, hops):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_the_most_hops_have_names_enough(name):
-    most = int(TASKS[name].hops.most)
+    most = int(TASKS[name].hops.high)
     assert len(next(items(name, most)).steps) == most
 
 

@@ -18,7 +18,7 @@ def test_evaluate_with_floors(room, capsys):
 
 def test_floors_of_a_long_text_are_counted_if_asked_for(room, capsys, monkeypatch, tmp_path):
     tokens = load_prepared(room / "run/data").counts().tokens["train"]
-    monkeypatch.setattr(held_out, "_MOST_COUNTED", tokens - 1)
+    monkeypatch.setattr(held_out, "_MAX_COUNTED", tokens - 1)
     arguments = ["evaluate", str(room / "run/model"), str(room / "run/data"), "--context", "64"]
     main([*arguments, "--ngrams", "[2,3]"])
     said = capsys.readouterr()

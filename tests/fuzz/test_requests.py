@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from serving_client import serving, wait_until
 from tiny import tiny_model
 
-from calm.data.examples import give_template
+from calm.data.examples import set_chat_template
 from calm.data.stories import stories
 from calm.data.tokenizer import train_tokenizer
 
@@ -231,7 +231,7 @@ def said(answer):
 @pytest.fixture(scope="module")
 def server():
     tokenizer = train_tokenizer(stories(0, 20), 320)
-    give_template(tokenizer, None)
+    set_chat_template(tokenizer, None)
     torch.manual_seed(4)
     with serving(
         tiny_model(4, vocab_size=320), tokenizer, max_body=50_000, max_draws=200, max_tokens=100

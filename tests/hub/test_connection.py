@@ -42,7 +42,7 @@ def refuse():
 @pytest.mark.parametrize("status", [200, 302, 401, 404])
 def test_any_answer_is_an_answer(online, status):
     online(lambda: SimpleNamespace(status_code=status))
-    assert hub.unreachable() is None
+    assert hub.why_unreachable() is None
     with hub.hub_or_cache():
         assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
 
@@ -50,18 +50,18 @@ def test_any_answer_is_an_answer(online, status):
 def test_why_it_cannot_be_reached(online, monkeypatch):
     host = constants.ENDPOINT.removeprefix("https://")
     asked = online(refuse)
-    assert hub.unreachable() == f"{host} cannot be reached: no route"
-    assert hub.unreachable() is not None and asked == [constants.ENDPOINT], "it is remembered"
+    assert hub.why_unreachable() == f"{host} cannot be reached: no route"
+    assert hub.why_unreachable() is not None and asked == [constants.ENDPOINT], "it is remembered"
     monkeypatch.setattr(hub, "_remembered", {})
     online(lambda: SimpleNamespace(status_code=503))
-    assert hub.unreachable() == f"{host} cannot be reached: status 503"
+    assert hub.why_unreachable() == f"{host} cannot be reached: status 503"
 
 
 def test_a_silent_network_is_not_waited_for(online, monkeypatch):
     released = threading.Event()
     online(lambda: released.wait(60) and refuse())
     monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.05")
-    assert "did not answer within 0.05 s; set HF_HUB_ETAG_TIMEOUT" in hub.unreachable()
+    assert "did not answer within 0.05 s; set HF_HUB_ETAG_TIMEOUT" in hub.why_unreachable()
     released.set()
 
 
@@ -69,13 +69,13 @@ def test_a_mirror_is_asked_by_the_hubs_own_client(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(hub, "_remembered", {})
-    assert hub.unreachable().startswith("127.0.0.1:9 cannot be reached: ")
+    assert hub.why_unreachable().startswith("127.0.0.1:9 cannot be reached: ")
 
 
 def test_who_works_offline_is_not_asked_for(online, monkeypatch):
     asked = online(refuse)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert hub.unreachable() is None and not asked
+    assert hub.why_unreachable() is None and not asked
 
 
 def test_without_a_hub_libraries_read_their_caches(online):

@@ -185,7 +185,7 @@ def test_one_of_the_hub_is_taken_from_its_cache(tokenizer, tmp_path, monkeypatch
     for module in ("huggingface_hub.constants", "huggingface_hub.file_download"):
         monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path), raising=False)
     monkeypatch.setattr(missing.constants, "HF_HUB_OFFLINE", True)
-    missing.look_for("owner/name/sub/model.gguf")
+    missing.check_model_exists("owner/name/sub/model.gguf")
     read, _ = load_language_model_and_tokenizer("owner/name/sub/model.gguf", dtype=torch.float32)
     assert torch.equal(read.model.norm.weight, model.model.norm.weight)
 

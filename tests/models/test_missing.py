@@ -83,9 +83,9 @@ def test_flops_knows_models_and_recipes(here, capsys):
 def test_a_name_is_looked_for_without_torch_and_without_retries(tmp_path, monkeypatch):
     """As the commands do it before they import anything heavy."""
     program = (
-        "import sys; from calm.models.missing import look_for; from calm.errors import InputError\n"
-        "look_for('stories')\n"
-        "try:\n    look_for('stoires')\n"
+        "import sys; from calm.models.missing import check_model_exists; from calm.errors import InputError\n"
+        "check_model_exists('stories')\n"
+        "try:\n    check_model_exists('stoires')\n"
         "except InputError as error:\n    print(error)\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )

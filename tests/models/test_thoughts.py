@@ -15,7 +15,7 @@ from calm.models.thoughts import (
     Thinking,
     Thoughts,
     read_positions,
-    scaled,
+    rescale,
     thoughts_of,
 )
 from calm.models.tokens import LlamaForCausalLM
@@ -41,7 +41,7 @@ def uncached_states(model, inputs_BCD, scale=None):
         if place == IS_THOUGHT.shape[1]:
             return states
         if IS_THOUGHT[:, place].any():
-            before = scaled(states[:, place - 1], scale)
+            before = rescale(states[:, place - 1], scale)
             own = torch.where(IS_THOUGHT[:, place, None], before, known[:, place])
             known = torch.cat([known[:, :place], own[:, None], known[:, place + 1 :]], dim=1)
     raise AssertionError
@@ -72,8 +72,8 @@ def test_states_are_rescaled_to_a_root_mean_square(dtype):
     """Computed in more than half precision, where the squares of large states are infinite."""
     states = (torch.randn(3, 64, dtype=torch.double) * torch.tensor([[0.01], [1.0], [400.0]])).to(dtype)
     rms = states.double().pow(2).mean(-1, keepdim=True).sqrt()
-    assert_close(scaled(states, 0.7), (states.double() * 0.7 / rms).to(dtype), rtol=1e-7, atol=0)
-    assert torch.equal(scaled(torch.zeros(1, 4, dtype=dtype), 0.7), torch.zeros(1, 4, dtype=dtype))
+    assert_close(rescale(states, 0.7), (states.double() * 0.7 / rms).to(dtype), rtol=1e-7, atol=0)
+    assert torch.equal(rescale(torch.zeros(1, 4, dtype=dtype), 0.7), torch.zeros(1, 4, dtype=dtype))
 
 
 class Stub(torch.nn.Module):
@@ -138,7 +138,7 @@ def test_nothing_is_detached(monkeypatch):
     gradients = []
     for detach in (False, True):
         if detach:
-            monkeypatch.setattr("calm.models.thoughts.scaled", lambda states, scale: states.detach())
+            monkeypatch.setattr("calm.models.thoughts.rescale", lambda states, scale: states.detach())
         leaf = inputs.clone().requires_grad_()
         read_positions(model, leaf, MASK, POSITIONS, None, Thinking(IS_THOUGHT))[:, -1].sum().backward()
         gradients.append(leaf.grad)

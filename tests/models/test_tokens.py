@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from calm.models.tokens import LlamaForCausalLM
-from calm.storage.checksums import check_as_written, write_checksums
+from calm.storage.checksums import check_intact, write_checksums
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 IDS = torch.randint(0, 40, (3, 12), generator=torch.Generator().manual_seed(1))
@@ -102,7 +102,7 @@ def test_it_is_saved_over_another(model, tmp_path):
     with torch.no_grad():
         model.lm_head.weight.add_(1)
     model.save_pretrained(tmp_path)
-    check_as_written(tmp_path)
+    check_intact(tmp_path)
 
 
 def test_its_folder_is_one_of_transformers(model, tmp_path):

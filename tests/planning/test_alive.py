@@ -2,7 +2,7 @@
 
 import torch
 
-from calm.planning.alive import GRADIENTS, WORKSPACE, AliveBytes, EveryPosition
+from calm.planning.alive import GRADIENTS, WORKSPACE, AliveBytes, AssumeTrueMasks
 
 KIB = 256  # Numbers of float32.
 
@@ -54,7 +54,7 @@ def test_every_position_of_a_mask_is_taken():
     mask = torch.tensor([[True, False], [False, False]])
     values = torch.arange(12.0).view(2, 2, 3)
     assert values[mask].shape == (1, 3)
-    with EveryPosition():
+    with AssumeTrueMasks():
         assert values[mask].shape == (4, 3)
         assert values[:, 1:][mask[:, 1:]].shape == (2, 3)
         assert torch.equal(values[torch.tensor([1])], values[1:])

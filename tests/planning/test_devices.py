@@ -5,9 +5,9 @@ import itertools
 import pytest
 
 from calm.errors import InputError
-from calm.planning.devices import CARDS, Device, Devices, Numbers, devices_of
+from calm.planning.devices import CARDS, CardFigures, Device, Devices, devices_of
 
-NONE = Numbers()
+NONE = CardFigures()
 
 
 @pytest.mark.parametrize(
@@ -27,9 +27,9 @@ def test_names(text, count, card):
 
 
 def test_numbers():
-    found = devices_of("4", Numbers(memory=24, flops=80, bandwidth=900, watts=350))
+    found = devices_of("4", CardFigures(memory=24, flops=80, bandwidth=900, watts=350))
     assert found == Devices(4, Device("card in numbers", 24 * 2**30, 80e12, 80e12, 900e9, 350))
-    capped = devices_of("8xH100", Numbers(watts=500)).device
+    capped = devices_of("8xH100", CardFigures(watts=500)).device
     assert capped.watts == 500 and capped.half_flops == CARDS["H100"].half_flops
 
 
@@ -39,7 +39,7 @@ def test_numbers():
         ("8xH10", NONE, "no card 'H10'.*use one of A100-40.*did you mean 'H100'"),
         ("toaster", NONE, "no card 'toaster'; use one of A100-40, .*MI300X"),
         ("4090", NONE, r"--devices 4090 names no card: add --memory, --flops, --bandwidth, --watts"),
-        ("4", Numbers(memory=24, watts=1), "--devices 4 names no card: add --flops, --bandwidth"),
+        ("4", CardFigures(memory=24, watts=1), "--devices 4 names no card: add --flops, --bandwidth"),
         ("0xH100", NONE, "the number of devices must be at least 1 .* got 0"),
         ("-3xH100", NONE, "got -3"),
         ("", NONE, "a count and a card, such as 8xH100"),
@@ -56,7 +56,7 @@ def test_mistakes_are_one_sentence(text, numbers, said):
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
 def test_numbers_have_ranges(value):
     with pytest.raises(InputError, match="memory must be above 0"):
-        Numbers(memory=value)
+        CardFigures(memory=value)
 
 
 def test_the_table_is_plausible():

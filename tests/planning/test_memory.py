@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from calm.errors import InputError
 from calm.planning import memory
-from calm.planning.alive import GRADIENTS, WORKSPACE, AliveBytes, EveryPosition
+from calm.planning.alive import GRADIENTS, WORKSPACE, AliveBytes, AssumeTrueMasks
 from calm.planning.memory import ACTIVATIONS, BUCKETS, FROZEN, GATHERED, STATE, WEIGHTS, Footprint
 from calm.training.optimizers import build_optimizer
 
@@ -196,14 +196,14 @@ def test_sharding_takes_what_fsdp2_takes(fake_group, checkpointing, is_summed, m
         fully_shard(network.get_input_embeddings(), mesh=fake_group)
         fully_shard(network, mesh=fake_group)
         optimizer = build_optimizer(network, stage.settings.optimizer)
-        with EveryPosition():
+        with AssumeTrueMasks():
             network(**stage.batch(1)).loss.backward()  # Sets it up.
         optimizer.step()
         optimizer.zero_grad()
         with alive:
             for is_last in (False, True) if is_summed else (True,):
                 network.set_requires_gradient_sync(is_last)
-                with EveryPosition():
+                with AssumeTrueMasks():
                     network(**stage.batch(16)).loss.backward()
         kept = bytes_of(p.to_local() for p in network.parameters())
         state = bytes_of(t.to_local() for entry in optimizer.state.values() for t in entry.values()

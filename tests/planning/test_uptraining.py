@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from calm.cli import main
 from calm.errors import InputError
 from calm.flops import Work, cost_of
-from calm.planning.devices import Numbers, devices_of
+from calm.planning.devices import CardFigures, devices_of
 from calm.planning.memory import GATHERED, STATE, WEIGHTS, Footprint
 from calm.planning.pace import Speed, pace_of
 from calm.planning.stages import stages_of
@@ -63,7 +63,7 @@ def weights_by_hand(sizes: dict) -> int:
 def test_the_recipes_fit_where_they_say(recipe, sizes, cards, gigabytes, hours, share, tmp_path):
     source = LlamaConfig(**sizes)
     source.save_pretrained(tmp_path)
-    devices = devices_of(cards, Numbers())
+    devices = devices_of(cards, CardFigures())
     read = with_settings(read_recipe(recipe), {INIT: str(tmp_path)})
     [stage] = stages_of(read, devices.count)
     footprint = Footprint(stage)

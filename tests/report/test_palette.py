@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from calm.report.palette import DARK, LIGHT, darkened
+from calm.report.palette import DARK, LIGHT, for_dark_mode
 
 SCHEMES = pytest.mark.parametrize("palette", [LIGHT, DARK], ids=["light", "dark"])
 # Machado, Oliveira and Fernandes (2009), severity 1, on linear RGB.
@@ -73,5 +73,5 @@ def test_series_can_be_told_apart(palette, seen):
 def test_a_drawing_is_darkened_colour_by_colour():
     drawing = "".join(f'<path style="stroke: {colour}"/>' for colour in LIGHT.colours.values())
     expected = "".join(f'<path style="stroke: {colour}"/>' for colour in DARK.colours.values())
-    assert darkened(drawing + "#ABCDEF #abcdef0") == expected + "#ABCDEF #abcdef0"
+    assert for_dark_mode(drawing + "#ABCDEF #abcdef0") == expected + "#ABCDEF #abcdef0"
     assert len(set(LIGHT.colours.values())) == len(LIGHT.colours)  # Else two colours would become one.

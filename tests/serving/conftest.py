@@ -6,7 +6,7 @@ from browser import chromium_if_any
 from serving_client import serving
 from tiny import tiny_model
 
-from calm.data.examples import give_template
+from calm.data.examples import set_chat_template
 from calm.data.stories import stories
 from calm.data.tokenizer import train_tokenizer
 
@@ -14,7 +14,7 @@ from calm.data.tokenizer import train_tokenizer
 @pytest.fixture(scope="session")
 def tokenizer():
     tokenizer = train_tokenizer(stories(0, 20), 320)
-    give_template(tokenizer, None)
+    set_chat_template(tokenizer, None)
     return tokenizer
 
 

@@ -11,7 +11,7 @@ from tiny import tiny_model
 
 from calm.serving import endpoint
 from calm.serving.fields import FIELDS, Honoured, Ignored
-from calm.text.encoding import beginning_of
+from calm.text.encoding import bos_ids
 
 HTTP = httpx.Client(timeout=30)  # Quicker than one for each request.
 REQUIRED = {"model", "messages"}
@@ -226,7 +226,7 @@ def test_no_prompt_is_the_beginning_of_a_text(kind):
     tokenizer = KINDS[kind]()
     with serving(tiny_model(4, vocab_size=len(tokenizer)), tokenizer) as (_, client, url):
         arguments = {"model": "tiny", "max_tokens": 8, "seed": 1}
-        begin = beginning_of(tokenizer)
+        begin = bos_ids(tokenizer)
         expected = client.completions.create(prompt=begin, **arguments)
         for prompt in ({"prompt": None}, {}, {"prompt": ""}):
             answer = HTTP.post(f"{url}/v1/completions", json={**arguments, **prompt}).json()
@@ -236,7 +236,7 @@ def test_no_prompt_is_the_beginning_of_a_text(kind):
 
 def test_where_no_token_begins_a_text_a_prompt_is_asked_for():
     tokenizer = KINDS["words"]()
-    assert beginning_of(tokenizer) == []
+    assert bos_ids(tokenizer) == []
     with serving(tiny_model(4, vocab_size=len(tokenizer)), tokenizer) as (_, client, _):
         with pytest.raises(openai.BadRequestError, match="tokenizer has no BOS token; give a text") as raised:
             client.completions.create(model="tiny", prompt=None)

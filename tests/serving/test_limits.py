@@ -16,7 +16,9 @@ from calm.commands.sharing import serve
 from calm.serving import app, bodies, endpoint
 from calm.serving.errors import ApiError
 from calm.serving.intake import Intake
+from calm.serving.protocol import CompletionRequest
 from calm.serving.settings import ServerSettings
+from calm.serving.writers import ChunkWriter
 from calm.text.decoding import TextBuilder
 
 
@@ -79,7 +81,7 @@ def test_tokens_of_all_texts_together(body, field, model, tokenizer):
 
 
 def test_a_context_without_a_limit_leaves_room(model, tokenizer, monkeypatch):
-    for name in ("longest_context", "room_beside"):
+    for name in ("longest_context", "remaining_context"):
         monkeypatch.setattr(endpoint, name, lambda *_: None)
     with serving(model, tokenizer, max_tokens=12) as (_, _, url):
         chat = {"messages": [{"role": "user", "content": "a"}], "seed": 1, "temperature": 1}
@@ -246,3 +248,10 @@ def test_every_limit_is_an_option_with_the_same_default():
     for limit in fields(ServerSettings):
         if limit.name not in ("name", "api_key", "temperature", "draws", "allowed_hosts"):
             assert options[limit.name].default == limit.default, limit.name
+
+
+def test_a_request_without_a_number_of_draws_gets_at_most_the_maximum(model):
+    request = CompletionRequest(model="tiny", prompt=PROMPT, temperature=0.5)
+    for limits, expected in (({}, 200), ({"max_draws": 100}, 100), ({"draws": 30, "max_draws": 100}, 30)):
+        sampler = ChunkWriter(model).sampler_for(request, ServerSettings(name="tiny", **limits))
+        assert sampler.max_draws == expected

@@ -183,7 +183,7 @@ def test_parts_add_up_to_the_whole():
     # The cut at 42 parts a document: its two halves are one document again.
     cuts = [(0, 42), (42, 60), (60, 90)]
     parts = [DocumentSums.of_positions(scores[a:b], document[a:b]) for a, b in cuts]
-    joined = DocumentSums.joined(parts)
+    joined = DocumentSums.concat(parts)
     for one, other in zip(vars(whole).values(), vars(joined).values(), strict=True):
         assert_close(one, other)
     assert whole.num_positions == 90 and len(whole.count_D) == 23

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from calm.errors import InputError
-from calm.storage.disk import unfinished_name, write_file_whole
-from calm.storage.folders import check_file, check_spared, emptied, restore, written_whole
+from calm.storage.disk import unfinished_name, write_atomically
+from calm.storage.folders import atomic_folder, check_file, check_inputs_outside, emptied, restore
 from calm.storage.ours import FINETUNED, MODEL, PREPARED, TRAINED, check_replaceable
 
 KILLED = 9
@@ -125,14 +125,14 @@ def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new_one(tmp_pat
     path = tmp_path / "text"
 
     def replace():
-        with written_whole(path, PREPARED) as folder:
+        with atomic_folder(path, PREPARED) as folder:
             _prepared(folder, "new")
 
     for number in range(30):
         _prepared(path, "old")
         killed = run_until_killed(replace, number)
         assert killed or number > 5
-        with pytest.raises(RuntimeError), written_whole(path, PREPARED):  # What comes next puts it right.
+        with pytest.raises(RuntimeError), atomic_folder(path, PREPARED):  # What comes next puts it right.
             raise RuntimeError
         assert (path / "train/state.json").read_text() in ("old", "new"), number
         assert [entry.name for entry in tmp_path.iterdir()] == ["text"]
@@ -144,7 +144,7 @@ def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new_one(tmp_pat
 def test_what_replaces_a_link_replaces_what_it_leads_to(tmp_path):
     _prepared(tmp_path / "disk/text", "old")
     (tmp_path / "text").symlink_to(tmp_path / "disk/text")
-    with written_whole(tmp_path / "text", PREPARED) as folder:
+    with atomic_folder(tmp_path / "text", PREPARED) as folder:
         _prepared(folder, "new")
     assert (tmp_path / "text").is_symlink()
     assert (tmp_path / "disk/text/train/state.json").read_text() == "new"
@@ -225,11 +225,11 @@ def test_what_is_read_is_spared_by_whatever_name(tmp_path, monkeypatch):
     for output, source in ((run, run), (run, run / "text.txt"), (tmp_path / "link", run / "text.txt"),
                            (run, tmp_path / "link/text.txt"), (run / ".." / "run", run)):  # fmt: skip
         with pytest.raises(InputError, match="lies in the output folder"):
-            check_spared(output, [str(source)])
-    check_spared(run, [str(tmp_path), "owner/name", "~nobody-of-that-name/run"])
+            check_inputs_outside(output, [str(source)])
+    check_inputs_outside(run, [str(tmp_path), "owner/name", "~nobody-of-that-name/run"])
     monkeypatch.setenv("HOME", str(tmp_path))  # Names of models may begin with it.
     with pytest.raises(InputError, match="'~/run' lies in the output folder"):
-        check_spared(run, ["~/run"])
+        check_inputs_outside(run, ["~/run"])
 
 
 def test_a_file_is_not_written_over_a_folder_or_below_a_file(tmp_path):
@@ -254,7 +254,7 @@ def test_a_file_is_written_to_where_a_link_leads_and_never_over_a_pipe(tmp_path)
     (tmp_path / "file").write_text("old")
     (tmp_path / "link").symlink_to("file")
     check_file(tmp_path / "link", overwrite=True)
-    write_file_whole(tmp_path / "link", "new")
+    write_atomically(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_text() == "new"
 
 
@@ -266,7 +266,7 @@ def test_nothing_beside_a_file_that_is_written_is_touched(error, tmp_path, monke
     (tmp_path / "report.html").write_text("old")
     (tmp_path / "report.html").chmod(0o640)
     if error is None:
-        write_file_whole(tmp_path / "report.html", "new")
+        write_atomically(tmp_path / "report.html", "new")
         assert (tmp_path / "report.html").stat().st_mode & 0o777 == 0o640
     else:
 
@@ -275,13 +275,13 @@ def test_nothing_beside_a_file_that_is_written_is_touched(error, tmp_path, monke
 
         monkeypatch.setattr(Path, "replace", failing)
         with pytest.raises(error):
-            write_file_whole(tmp_path / "report.html", "new")
+            write_atomically(tmp_path / "report.html", "new")
     assert below(tmp_path) == {**beside, "report.html": "old" if error else "new"}
 
 
 def test_a_name_of_the_greatest_length_is_written(tmp_path):
     for name in ("n" * 255, "\N{FACE WITH TEARS OF JOY}" * 63):
-        write_file_whole(tmp_path / name, "text")
+        write_atomically(tmp_path / name, "text")
     assert len(below(tmp_path)) == 2
 
 
@@ -290,7 +290,7 @@ def test_what_a_killed_writing_left_does_no_harm(tmp_path):
     (tmp_path / unfinished_name("history.json", "1234abcd")).write_text("{")
     (tmp_path / "history.partial").write_text("{")  # Of earlier versions.
     check_replaceable(tmp_path, TRAINED)
-    write_file_whole(tmp_path / "history.json", "{}")
+    write_atomically(tmp_path / "history.json", "{}")
     assert (tmp_path / "history.json").read_text() == "{}"
 
 
@@ -298,15 +298,15 @@ def test_what_a_killed_writing_left_does_no_harm(tmp_path):
 def test_a_folder_is_not_written_over_what_no_command_left_beside_it(name, tmp_path):
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="is in the way"), written_whole(tmp_path / "text"):
+    with pytest.raises(InputError, match="is in the way"), atomic_folder(tmp_path / "text"):
         pass
     assert below(tmp_path) == {f"{name}/thesis.txt": "mine"}
     (tmp_path / ".text.lock").write_text("")  # As a killed command leaves it.
     if name == ".text.partial":
-        with written_whole(tmp_path / "text") as folder:
+        with atomic_folder(tmp_path / "text") as folder:
             (folder / "new").write_text("new")
     else:  # It is put back first.
-        with pytest.raises(InputError, match="is not empty"), written_whole(tmp_path / "text"):
+        with pytest.raises(InputError, match="is not empty"), atomic_folder(tmp_path / "text"):
             pass
         assert below(tmp_path / "text") == {"thesis.txt": "mine"}
     assert not (tmp_path / name).exists()

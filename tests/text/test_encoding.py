@@ -10,7 +10,7 @@ from other_tokenizers import KINDS, LOSSLESS
 from calm.text.chat import encode_chat
 from calm.text.decoding import decode_after
 from calm.text.encoding import (
-    beginning_of,
+    bos_ids,
     control_tokens_of,
     encode_documents,
     encode_rendering,
@@ -48,7 +48,7 @@ texts = st.text(alphabet="@ ab<>|/s.é日\n", max_size=12)
 def test_words_are_words(kind, text):
     tokenizer, text = tokenizer_of(kind), with_special(kind, text)
     control = set(control_tokens_of(tokenizer).values())
-    [document], begin = encode_documents(tokenizer, [text]), beginning_of(tokenizer)
+    [document], begin = encode_documents(tokenizer, [text]), bos_ids(tokenizer)
     assert document[: len(begin)] == begin
     assert control.isdisjoint(document[len(begin) :])
     assert control.isdisjoint(encode_words(tokenizer, [text])[0])
@@ -62,7 +62,7 @@ def test_words_are_words(kind, text):
 @pytest.mark.parametrize("kind", KINDS)
 def test_texts_begin_as_the_tokenizer_says_and_do_not_end(kind):
     tokenizer = tokenizer_of(kind)
-    begin = beginning_of(tokenizer)
+    begin = bos_ids(tokenizer)
     assert begin == {"byte-level": [2], "words": [], "bert": [2], "slow": []}.get(kind, [1])
     own = tokenizer("a happy boy")["input_ids"]
     [ids] = encode_documents(tokenizer, ["a happy boy"])

@@ -78,7 +78,7 @@ def test_what_a_recipe_may_hold_its_model_folder_may_hold():
     for kind, model_type in ((AutoencoderSettings, "calm_autoencoder"), (LanguageModelSettings, "llama")):
         for name, allowed in RANGES[kind].items():
             of_files = RANGES_OF_FILES[model_type].get(LLAMA.get(name, name), allowed)
-            assert of_files.least <= allowed.least and of_files.most >= allowed.most, name
+            assert of_files.low <= allowed.low and of_files.high >= allowed.high, name
 
 
 def test_a_baseline_is_built_from_the_same_hyperparameters():

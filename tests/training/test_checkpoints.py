@@ -13,11 +13,11 @@ from calm.errors import InputError
 from calm.storage.checksums import CHECKSUMS, find_damage, write_checksums
 from calm.training import stages
 from calm.training.checkpoints import (
+    atomic_checkpoint,
     checkpoints_in,
     newest_intact_checkpoint,
     problems_of,
     step_of,
-    written_checkpoint,
 )
 
 
@@ -153,7 +153,7 @@ def test_checksums_of_a_folder(tmp_path):
 
 def test_a_checkpoint_appears_whole_and_the_oldest_goes(tmp_path):
     for step in (1, 2, 3):
-        with written_checkpoint(tmp_path, step, keep=2) as partial:
+        with atomic_checkpoint(tmp_path, step, keep=2) as partial:
             partial.mkdir(parents=True)
             (partial / "model.safetensors").write_bytes(b"weights")
             assert step not in map(step_of, checkpoints_in(tmp_path))
@@ -162,7 +162,7 @@ def test_a_checkpoint_appears_whole_and_the_oldest_goes(tmp_path):
 
 
 def test_one_that_cannot_be_written_leaves_nothing(tmp_path):
-    with pytest.raises(OSError, match="full"), written_checkpoint(tmp_path, 1, keep=2) as partial:
+    with pytest.raises(OSError, match="full"), atomic_checkpoint(tmp_path, 1, keep=2) as partial:
         partial.mkdir(parents=True)
         raise OSError("full")
     assert list(tmp_path.iterdir()) == []

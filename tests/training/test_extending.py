@@ -99,7 +99,7 @@ def test_a_warm_up_that_was_cut_short_is_told(text, tmp_path, caplog):
     assert "continuing from step 4 on a schedule of 8 steps" in caplog.text
 
 
-@pytest.mark.parametrize("place", ["extend", "write_recipe"])
+@pytest.mark.parametrize("place", ["extend_run", "write_recipe"])
 def test_a_kill_while_a_run_is_extended_loses_nothing(text, tmp_path, monkeypatch, place):
     schedule = EXACT["decay"]
     run, short = tmp_path / "run", recipe_of(text, 8, **schedule)

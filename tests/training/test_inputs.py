@@ -11,7 +11,7 @@ from toy import interrupt, toy_recipe
 from calm.data.prepare import prepare
 from calm.data.stories import write_stories
 from calm.errors import InputError
-from calm.storage.disk import write_file_whole
+from calm.storage.disk import write_atomically
 from calm.training import stages
 from calm.training.finetuning import finetune
 from calm.training.finetuning_recipe import ExampleSettings, FinetuningRecipe
@@ -251,7 +251,7 @@ def test_a_run_of_before_goes_on_although_all_its_settings_are_on_record(tmp_pat
     )
     for number, noted in enumerate(BEFORE):
         (tmp_path / str(number)).mkdir()
-        write_file_whole(tmp_path / f"{number}/inputs.json", json.dumps({"its recipe": noted}))
+        write_atomically(tmp_path / f"{number}/inputs.json", json.dumps({"its recipe": noted}))
         check_recipe_and_inputs(tmp_path / str(number), recipe, {})
         with pytest.raises(InputError, match="its recipe changed since the run began"):
             check_recipe_and_inputs(tmp_path / str(number), with_settings(recipe, {"seed": 1}), {})
@@ -269,7 +269,7 @@ def test_the_order_of_the_fields_of_a_head_means_nothing(tmp_path):
     check_recipe_and_inputs(tmp_path / "new", recipes[1], {})
     as_before = digest_of_recipe(recipes[0], sort_keys=False)
     assert as_before != digest_of_recipe(recipes[0])
-    write_file_whole(tmp_path / "old/inputs.json", json.dumps({"its recipe": as_before}))
+    write_atomically(tmp_path / "old/inputs.json", json.dumps({"its recipe": as_before}))
     check_recipe_and_inputs(tmp_path / "old", recipes[0], {})
     changed = Recipe(language_model=LanguageModelSettings(head=one | {"num_blocks": 2}))
     with pytest.raises(InputError, match="its recipe changed since the run began"):

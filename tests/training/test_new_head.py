@@ -14,7 +14,7 @@ from calm.models.blocks import LastTokenProjection
 from calm.models.loading import load_autoencoder, load_model
 from calm.training import stages
 from calm.training.build import language_model_of
-from calm.training.continuing import completed
+from calm.training.continuing import with_inherited_parts
 from calm.training.optimizers import build_optimizer
 from calm.training.recipe import OptimizerSettings
 from calm.training.recipe_files import with_settings, write_recipe
@@ -65,7 +65,7 @@ KINDS = {
 
 @pytest.mark.parametrize(("kind", "settings"), KINDS.values(), ids=KINDS)
 def test_before_training_the_states_are_those_of_the_source(kind, settings, base):
-    recipe = completed(recipe_for(base, kind, **settings))
+    recipe = with_inherited_parts(recipe_for(base, kind, **settings))
     source = load_model(str(base / kind / "model"))
     data = load_prepared(base / kind / "data")
     config = source.config
@@ -123,7 +123,7 @@ def test_a_model_that_reads_latents_keeps_its_autoencoder(base, tmp_path):
 
 
 def test_trained_parts_have_rates_of_their_own(base):
-    recipe = completed(recipe_for(base, "uptrained"))
+    recipe = with_inherited_parts(recipe_for(base, "uptrained"))
     data = load_prepared(base / "uptrained/data")
     model = language_model_of(recipe, data, tiny_model(vocab_size=304).autoencoder)
     settings = OptimizerSettings(name="adamw", learning_rate=0.1, source_rate=0.5)

@@ -16,7 +16,7 @@ from calm.training.optimizers import build_optimizer, build_scheduler, check_opt
 from calm.training.recipe import OptimizerSettings
 from calm.training.recipe_files import with_settings
 from calm.training.stages import train_autoencoder
-from calm.training.thinking import reset
+from calm.training.thinking import reset_optimizer
 
 
 def test_muon_steps_along_nearly_orthogonal_matrices():
@@ -198,7 +198,7 @@ def test_an_optimizer_that_was_reset_is_a_new_one(name):
                     for weight, old in zip(layer.parameters(), start, strict=True):
                         weight.copy_(old)
                 if steps_before:
-                    reset(optimizer, build_optimizer(layer, settings))
+                    reset_optimizer(optimizer, build_optimizer(layer, settings))
             generator = torch.Generator().manual_seed(step - steps_before)
             optimizer.zero_grad()
             layer(torch.randn(8, 4, generator=generator)).pow(2).sum().backward()

@@ -41,10 +41,10 @@ def test_there_is_a_range_for_every_number_and_for_nothing_else():
 def test_what_is_in_a_range():
     assert all(value in Range(0, 1) for value in (0, 0.5, 1))
     assert not any(value in Range(0, 1) for value in (-1e-9, 1.1, math.nan, math.inf, -math.inf))
-    assert 0 not in Range(0, has_least=False) and 1 not in Range(0, 1, has_most=False)
+    assert 0 not in Range(0, includes_low=False) and 1 not in Range(0, 1, includes_high=False)
     assert math.inf not in Range(0) and 1e308 in Range(0)
     assert str(Range(1, 10**6)) == "at least 1 and at most 1,000,000"
-    assert str(Range(0, 1, has_least=False, has_most=False)) == "above 0 and below 1"
+    assert str(Range(0, 1, includes_low=False, includes_high=False)) == "above 0 and below 1"
 
 
 @pytest.mark.parametrize(("kind", "name", "is_whole"), NUMBERS)

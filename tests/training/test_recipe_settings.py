@@ -12,7 +12,7 @@ from calm.errors import InputError
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import differences, read_recipe, read_recipe_of, with_settings, write_recipe
-from calm.training.recipe_settings import extended, kind_of_recipe, shipped_recipes
+from calm.training.recipe_settings import kind_of_recipe, override_settings, shipped_recipes
 
 # What someone would write who has text of their own, more time than `laptop_quick` takes.
 OF_A_USER = """
@@ -150,7 +150,7 @@ CALM = {"autoencoder": {"latent_size": 9}, "language_model": {"head": {"head_typ
 )
 def test_settings_are_replaced_one_by_one_but_kinds_are_not_mixed(base, own, result):
     before = json.dumps(base)
-    assert extended(base, own, Recipe) == result
+    assert override_settings(base, own, Recipe) == result
     assert json.dumps(base) == before
 
 
@@ -205,7 +205,9 @@ def test_arguments_of_one_optimizer_are_not_those_of_another():
     base = {"training": {"optimizer": optimizer}}
 
     def result(**own):
-        return extended(base, {"training": {"optimizer": own}}, FinetuningRecipe)["training"]["optimizer"]
+        return override_settings(base, {"training": {"optimizer": own}}, FinetuningRecipe)["training"][
+            "optimizer"
+        ]
 
     assert result(extra={"cautious": True})["extra"] == {"use_gc": True, "cautious": True}
     assert result(name="lion") == optimizer

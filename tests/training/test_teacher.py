@@ -35,7 +35,7 @@ from calm.training.overview import forecasts_of
 from calm.training.recipe import TeacherSettings
 from calm.training.recipe_files import read_recipe, with_settings, write_recipe
 from calm.training.runs import Run
-from calm.training.teacher import check_teacher, layer_of, read_facts_of_teacher, teacher_of
+from calm.training.teacher import check_teacher, layer_of, read_teacher_facts, teacher_of
 
 TEACHER, INIT = "language_model.teacher.model", "language_model.init_from"
 CUT = {"language_model.uptraining.first_layers": 1, "language_model.uptraining.last_layers": 2}
@@ -184,7 +184,7 @@ def test_a_new_model_takes_the_tokens_of_its_teacher_whose_embedding_may_be_larg
 
 
 def test_what_is_known_of_a_run_names_the_teacher(base, taught):
-    facts, recipe = read_facts_of_teacher(taught), read_recipe(str(taught / "recipe.yaml"))
+    facts, recipe = read_teacher_facts(taught), read_recipe(str(taught / "recipe.yaml"))
     network, _ = load_language_model_and_tokenizer(str(base / "source"))
     assert facts.model == str(base / "source")
     assert facts.parameters == sum(one.numel() for one in network.parameters())
@@ -312,9 +312,9 @@ def test_a_transformer_of_another_kind_cannot_be_taught(base):
 
 
 def test_settings_say_whether_a_teacher_takes_part():
-    assert not TeacherSettings().takes_part and not TeacherSettings(model="x", weight=0.0).takes_part
-    assert TeacherSettings(model="x").takes_part
-    assert TeacherSettings(model="x", weight=0.0, states=0.1).takes_part
+    assert not TeacherSettings().is_used and not TeacherSettings(model="x", weight=0.0).is_used
+    assert TeacherSettings(model="x").is_used
+    assert TeacherSettings(model="x", weight=0.0, states=0.1).is_used
 
 
 @pytest.mark.parametrize(("layers", "wanted"), [(None, 1), ([0, 2, 3], 0), ([1, 2, 3], 1), ([0, 1, 2, 3], 1)])

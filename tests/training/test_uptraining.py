@@ -78,7 +78,7 @@ def test_the_first_step_begins_with_the_weights_of_the_source(base, tmp_path):
 
 @pytest.mark.parametrize("sink", [True, False])
 def test_a_recipe_says_whether_there_are_sinks(sink, base):
-    recipe = continuing.completed(recipe_for(base, **{"language_model.uptraining.sink": sink}))
+    recipe = continuing.with_inherited_parts(recipe_for(base, **{"language_model.uptraining.sink": sink}))
     data = SimpleNamespace(tokenizer=load_tokenizer(str(base / "source")))
     model = continuing.model_to_continue(recipe, data)
     assert continuing.config_to_continue(recipe).head.sink == model.config.head.sink == sink
@@ -87,7 +87,7 @@ def test_a_recipe_says_whether_there_are_sinks(sink, base):
 
 def test_it_is_made_on_the_processor(base, tmp_path, monkeypatch):
     """A card has to hold the CALM, and not the source beside it."""
-    recipe = continuing.completed(recipe_for(base))
+    recipe = continuing.with_inherited_parts(recipe_for(base))
     data = SimpleNamespace(tokenizer=load_tokenizer(str(base / "source")))
     monkeypatch.setattr("calm.models.loading.best_device", lambda: torch.device("meta"))
     model = continuing.model_to_continue(recipe, data)
@@ -98,7 +98,7 @@ def test_it_is_made_on_the_processor(base, tmp_path, monkeypatch):
     "settings", [{}, {"model": "autoregressive", "chunk_size": 1}], ids=["uptrained", "continued"]
 )
 def test_the_overview_loads_no_weights(settings, base, tmp_path, monkeypatch):
-    recipe = continuing.completed(recipe_for(base, **settings))
+    recipe = continuing.with_inherited_parts(recipe_for(base, **settings))
     data = load_prepared(prepare_text(recipe, tmp_path))
     model = continuing.model_to_continue(recipe, data)
     monkeypatch.delattr("calm.models.loading.open_network")

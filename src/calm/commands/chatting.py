@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from calm.commands.checks import check_counts, check_sampler, check_thoughts, look_for
+from calm.commands.checks import check_counts, check_model_exists, check_sampler, check_thoughts
 from calm.errors import InputError
 from calm.ranges import SEEDS, Range
 from calm.terminal import as_text
@@ -56,7 +56,7 @@ def chat(
     check_sampler(sampler)
     check_thoughts(num_thoughts=num_thoughts)
     system = as_text(system)
-    look_for(model)
+    check_model_exists(model)
     from calm.chat import Conversation
     from calm.models.loading import load_language_model_and_tokenizer
 

@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from calm.training.recipe import Recipe
 
 
-def look_for(model: str) -> None:
+def check_model_exists(model: str) -> None:
     """Raise InputError for a model that does not exist, before torch is imported."""
     from calm.models import missing
 
-    missing.look_for(model)
+    missing.check_model_exists(model)
 
 
 def check_sampler(name: str | None) -> None:

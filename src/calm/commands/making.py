@@ -183,7 +183,7 @@ def _run_recipe(
     show: Callable[[Path], None],
 ) -> None:
     """Run a recipe and show its results. If the run stops, print the command that resumes it."""
-    from calm.training.continuing import completed
+    from calm.training.continuing import with_inherited_parts
     from calm.training.processes import processes
     from calm.training.recipe_files import differences, read_recipe_of
     from calm.training.recipe_settings import recipe_file_of_run
@@ -196,7 +196,8 @@ def _run_recipe(
     except (KeyboardInterrupt, Terminated, RunError):
         with contextlib.suppress(InputError):  # There may be no run, or one that was to be replaced.
             recorded = read_recipe_of(type(recipe), str(recipe_file_of_run(Path(output))))
-            if not differences(recorded, completed(recipe) if isinstance(recipe, Recipe) else recipe):
+            requested = with_inherited_parts(recipe) if isinstance(recipe, Recipe) else recipe
+            if not differences(recorded, requested):
                 logger.warning("to resume, run: calm %s --resume --output %s", command, shlex.quote(output))
         raise
 

@@ -5,8 +5,8 @@ from typing import Any
 from calm.commands.checks import vocabulary_note
 from calm.ranges import Range
 
-_SHARE = Range(0, 1, has_least=False)
-_LINKS = Range(0, 10**9, has_least=False)
+_SHARE = Range(0, 1, includes_low=False)
+_LINKS = Range(0, 10**9, includes_low=False)
 _VOCABULARIES = Range(1, 10**7)
 
 
@@ -38,9 +38,9 @@ def plan(
         settings: Recipe settings to change, such as '{"language_model.sharded": true}'.
         json: Print the numbers as one JSON object, in bytes, seconds, tokens and FLOPs.
     """
-    from calm.planning.devices import Numbers, devices_of
+    from calm.planning.devices import CardFigures, devices_of
 
-    cards = devices_of(devices, Numbers(memory, flops, bandwidth, watts))
+    cards = devices_of(devices, CardFigures(memory, flops, bandwidth, watts))
     _SHARE.require("utilisation", utilisation)
     _LINKS.require("link", link)
     if vocab_size is not None:

@@ -6,7 +6,7 @@ torch and transformers are imported inside the commands, so that `calm --help` a
 from pathlib import Path
 from typing import Any
 
-from calm.commands.checks import check_counts, check_draft, look_for
+from calm.commands.checks import check_counts, check_draft, check_model_exists
 from calm.errors import InputError
 from calm.serving.settings import ServerSettings
 from calm.terminal import as_text
@@ -27,11 +27,11 @@ def import_published(
     from calm.data.tokenizer import load_tokenizer
     from calm.models.published import load_published
     from calm.models.shipped import tokenizer_of
-    from calm.storage.folders import check_spared, written_whole
+    from calm.storage.folders import atomic_folder, check_inputs_outside
     from calm.storage.ours import MODEL
 
-    check_spared(Path(out), [autoencoder, model, *([tokenizer] if tokenizer else [])])
-    with written_whole(Path(out), MODEL if overwrite else None) as folder:
+    check_inputs_outside(Path(out), [autoencoder, model, *([tokenizer] if tokenizer else [])])
+    with atomic_folder(Path(out), MODEL if overwrite else None) as folder:
         network = load_published(Path(autoencoder), Path(model))
         if tokenizer is not None:
             tokens = load_tokenizer(tokenizer_of(tokenizer))
@@ -168,9 +168,9 @@ def serve(
         draft_chunks: Chunks per draft; 1 by default.
     """
     check_draft(draft, draft_chunks)
-    look_for(model)
+    check_model_exists(model)
     if draft is not None:
-        look_for(draft)
+        check_model_exists(draft)
     from calm.serving.run import run_server
 
     run_server(

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from calm.commands.checks import (
     check_counts,
     check_draft,
+    check_model_exists,
     check_sampler,
     check_thoughts,
-    look_for,
     vocabulary_note,
 )
 from calm.commands.prompts import prompts_of
@@ -67,7 +67,7 @@ def evaluate(
     SEEDS.require("seed", seed)
     DOCUMENT_MB.require("max_document_mb", max_document_mb)
     check_counts(ngrams, context=context, max_blocks=max_blocks)
-    look_for(model)
+    check_model_exists(model)
     from calm.data.chunking import BlockSettings
     from calm.data.options import ReadingOptions
     from calm.data.prepared import held_out_data
@@ -179,9 +179,9 @@ def generate(
     check_thoughts(num_thoughts=num_thoughts)
     check_draft(draft, draft_chunks)
     prompts = prompts_of(prompt, file)
-    look_for(model)
+    check_model_exists(model)
     if draft is not None:
-        look_for(draft)
+        check_model_exists(draft)
     from calm.models.drafting.loading import load_draft
     from calm.models.loading import load_language_model_and_tokenizer
     from calm.report.figures import as_json
@@ -247,16 +247,16 @@ def flops(
     from calm.flops import Work, cost_of, cost_of_thoughts, teaching_flops
     from calm.hub.gguf import is_gguf
     from calm.models.loading import change_head, config_of, load_config
-    from calm.models.missing import models_near
+    from calm.models.missing import nearby_models_hint
     from calm.models.shipped import folder_of
     from calm.models.thoughts import thoughts_of
     from calm.report.figures import as_json, values_of_costs
     from calm.report.tables import print_costs
     from calm.training.build import model_config
-    from calm.training.continuing import completed
+    from calm.training.continuing import with_inherited_parts
     from calm.training.recipe_files import read_recipe
     from calm.training.recipe_settings import find_recipe
-    from calm.training.teacher import config_of_teacher
+    from calm.training.teacher import teacher_config
 
     folder = Path(folder_of(target))
     teacher, note = None, None
@@ -268,9 +268,9 @@ def flops(
         try:
             find_recipe(target)
         except InputError as error:
-            raise InputError(str(error).rstrip(".?") + models_near(target)) from error
-        recipe = completed(read_recipe(target))
-        config, teacher = model_config(recipe, vocab_size), config_of_teacher(recipe)
+            raise InputError(str(error).rstrip(".?") + nearby_models_hint(target)) from error
+        recipe = with_inherited_parts(read_recipe(target))
+        config, teacher = model_config(recipe, vocab_size), teacher_config(recipe)
         note = vocabulary_note(recipe, vocab_size)
     if head:
         change_head(config, head)
@@ -315,18 +315,18 @@ def compile_steps(
         calm compile stories
         calm compile runs/a --rows one
     """
-    look_for(model)
+    check_model_exists(model)
     from dataclasses import asdict
 
     from calm.compiling import MANY, compile_model
     from calm.models.loading import load_language_model_and_tokenizer
-    from calm.progress import tell
+    from calm.progress import announce
     from calm.report.figures import as_json
 
     network, _ = load_language_model_and_tokenizer(model)
     batch_sizes = {"one": [1], "many": [MANY], "all": [1, MANY]}[rows]
     folder, speeds = compile_model(
-        network, batch_sizes, [temperature], lambda name: tell(f"compile: {name} (ten to thirty seconds)")
+        network, batch_sizes, [temperature], lambda name: announce(f"compile: {name} (ten to thirty seconds)")
     )
     if json:
         print(as_json({"model": model, "folder": str(folder), "tokens_per_second": [*map(asdict, speeds)]}))

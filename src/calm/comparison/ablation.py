@@ -11,23 +11,23 @@ from typing import Any
 
 import jsonargparse
 
-from calm.comparison.costs import autoencoder_flops, language_model_flops, trained_before
+from calm.comparison.costs import autoencoder_flops, language_model_flops, pretrained_parts
 from calm.comparison.text import with_shared_text
 from calm.data.prepared import load_prepared
 from calm.errors import InputError
 from calm.evaluation.held_out import score_model
 from calm.flops import cost_of
 from calm.models.loading import load_model_and_tokenizer
-from calm.progress import tell, tracked
+from calm.progress import announce, track
 from calm.report.facts import here_and_now
 from calm.report.measured import NATS, AblationTable, Outcome
-from calm.storage.checksums import CHECKSUMS, is_marked, mark
-from calm.storage.disk import read_json, write_file_whole
+from calm.storage.checksums import CHECKSUMS, matches_checksum, write_file_checksum
+from calm.storage.disk import read_json, write_atomically
 from calm.training.blocks import block_settings
 from calm.training.build import model_config
 from calm.training.check import check_model
 from calm.training.clock import seconds_of
-from calm.training.continuing import completed
+from calm.training.continuing import with_inherited_parts
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import RECIPE, recipe_text, with_settings
 from calm.training.recipe_settings import EXTENDS
@@ -143,11 +143,11 @@ def run_ablation(
     for choice, seed in itertools.product(chosen, seeds):
         check_model(_recipe_of(choice, recipe, seed))
     output = output.resolve()
-    recipe = with_shared_text(completed(recipe), output)
+    recipe = with_shared_text(with_inherited_parts(recipe), output)
     vocab_size = load_prepared(Path(recipe.data.source_list[0])).vocab_size
     outcomes = []
     for choice in chosen:
-        variant = completed(_recipe_of(choice, recipe, seeds[0]))
+        variant = with_inherited_parts(_recipe_of(choice, recipe, seeds[0]))
         flops = autoencoder_flops(variant, vocab_size) + language_model_flops(variant, vocab_size)
         outcomes.append(
             Outcome(
@@ -155,12 +155,12 @@ def run_ablation(
                 published=choice.published,
                 training_flops=flops,
                 parameters=sum(cost_of(model_config(variant, vocab_size)).parameters.values()),
-                excluded=trained_before(variant),
+                excluded=pretrained_parts(variant),
             )
         )
     runs = list(itertools.product(seeds, zip(chosen, outcomes, strict=True)))
-    for seed, (choice, outcome) in tracked(runs, "ablation", "run", stays=True):
-        tell(f"training {choice.name}, seed {seed}")
+    for seed, (choice, outcome) in track(runs, "ablation", "run", stays=True):
+        announce(f"training {choice.name}, seed {seed}")
         variant, run = _recipe_of(choice, recipe, seed), output / choice.folder / f"seed{seed}"
         timed_runs = [run]
         if variant.language_model.init_from is None or variant.language_model.new_head:
@@ -214,7 +214,7 @@ def _score(run: Path, recipe: Recipe, num_blocks: int | None) -> dict[str, float
         "num_blocks": num_blocks,
         "model": hashlib.sha256(checksums.read_bytes()).hexdigest() if checksums.is_file() else None,
     }
-    if measured_with["model"] is not None and is_marked(path):
+    if measured_with["model"] is not None and matches_checksum(path):
         cached = read_json(path, dict)
         if cached["how"] == measured_with:
             figures: dict[str, float] = cached["figures"]
@@ -230,6 +230,6 @@ def _score(run: Path, recipe: Recipe, num_blocks: int | None) -> dict[str, float
     }
     if card.perplexity is not None:
         figures[NATS] = card.perplexity.cross_entropy
-    write_file_whole(path, json.dumps({"how": measured_with, "figures": figures}, indent=1) + "\n")
-    mark(path)
+    write_atomically(path, json.dumps({"how": measured_with, "figures": figures}, indent=1) + "\n")
+    write_file_checksum(path)
     return figures

@@ -17,7 +17,7 @@ from calm.training.recipe import Recipe
 from calm.training.recipe_files import RECIPE, read_recipe
 from calm.training.recipe_settings import kind_of_recipe
 from calm.training.runs import HISTORY
-from calm.training.teacher import config_of_teacher, read_facts_of_teacher
+from calm.training.teacher import read_teacher_facts, teacher_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TrainingRecord:
         flops: FLOPs of all stages of the run.
         seconds: Time of all stages, including held-out evaluations; None if unknown.
         checkpoints: Cost and scores at each evaluation of the language model.
-        excluded: What was trained before the run; see `trained_before`.
+        excluded: What was trained before the run; see `pretrained_parts`.
     """
 
     flops: float
@@ -66,7 +66,7 @@ def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:
     history = read_json(run / HISTORY, dict)
     tokens = recipe.language_model.training.tokens
     model_flops = training_flops(config, recipe.data.context) * tokens
-    if (teacher := read_facts_of_teacher(run)) is not None:
+    if (teacher := read_teacher_facts(run)) is not None:
         model_flops += teacher.flops_per_token * tokens
     steps, flops_before = recipe.language_model.training.steps, autoencoder_flops(recipe, config.vocab_size)
     try:
@@ -83,7 +83,7 @@ def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:
                 for entry in history["language_model"]
                 if "eval_brier_lm" in entry
             ],
-            excluded=trained_before(recipe),
+            excluded=pretrained_parts(recipe),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
@@ -92,11 +92,11 @@ def record_of(run: Path, config: PreTrainedConfig) -> TrainingRecord | None:
         ) from error
 
 
-def trained_before(recipe: Recipe) -> tuple[str, ...]:
+def pretrained_parts(recipe: Recipe) -> tuple[str, ...]:
     """The parts of a model that its run did not train first, so that no cost of the run includes them.
 
     Args:
-        recipe: A recipe after `calm.training.continuing.completed`, as runs have it.
+        recipe: A recipe after `calm.training.continuing.with_inherited_parts`, as runs have it.
     """
     settings, parts = recipe.language_model, list[str]()
     if settings.init_from is not None:
@@ -118,7 +118,7 @@ def autoencoder_flops(recipe: Recipe, vocab_size: int) -> float:
     """Training FLOPs of the autoencoder; 0 if the recipe trains none.
 
     Args:
-        recipe: A recipe after `calm.training.continuing.completed`, which names an autoencoder that is kept.
+        recipe: As for `pretrained_parts`; it names an autoencoder that is kept.
         vocab_size: Number of token ids.
     """
     if not recipe.trains_autoencoder:
@@ -136,5 +136,5 @@ def affordable_steps(recipe: Recipe, vocab_size: int, flops: float) -> int:
 
 def _flops_per_token(recipe: Recipe, vocab_size: int) -> float:
     flops = training_flops(model_config(recipe, vocab_size), recipe.data.context)
-    teacher = config_of_teacher(recipe)
+    teacher = teacher_config(recipe)
     return flops if teacher is None else flops + teaching_flops(teacher, recipe.data.context)

@@ -10,9 +10,9 @@ from calm.core.brier import window_of
 from calm.data.chunking import check_block_size
 from calm.data.prepared import load_prepared
 from calm.errors import InputError
-from calm.progress import tell, tracked
+from calm.progress import announce, track
 from calm.training.check import check_model, check_recipe
-from calm.training.continuing import completed
+from calm.training.continuing import with_inherited_parts
 from calm.training.ranges import RANGES, check_ranges
 from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.recipe_files import RECIPE
@@ -58,7 +58,7 @@ def train_ladder(
     if not budget > 0:
         raise InputError(f"the budget must be above 0, got {budget:g}.")
     output = output.resolve()
-    recipe = with_shared_text(completed(recipe), output)
+    recipe = with_shared_text(with_inherited_parts(recipe), output)
     vocab_size = load_prepared(Path(recipe.data.source_list[0])).vocab_size
     flops = budget * (language_model_flops(recipe, vocab_size) + autoencoder_flops(recipe, vocab_size))
     rungs = {f"K{size}": at_chunk_size(recipe, size) for size in chunk_sizes}
@@ -70,8 +70,8 @@ def train_ladder(
             raise InputError(f"a budget of {budget:g} is used up by the autoencoder of {name}; increase it.")
         rungs[name] = _with_training(rung, _stretched(rung.language_model.training, steps))
         check_recipe(rungs[name])
-    for name, rung in tracked(rungs.items(), "ladder", "run", total=len(rungs), stays=True):
-        tell(f"training {name}: {rung.language_model.training.steps:,} steps of the language model")
+    for name, rung in track(rungs.items(), "ladder", "run", total=len(rungs), stays=True):
+        announce(f"training {name}: {rung.language_model.training.steps:,} steps of the language model")
         train(rung, output / name, resume=(output / name / RECIPE).is_file())
     return [output / name for name in rungs]
 

@@ -24,7 +24,7 @@ from calm.evaluation.scorers import scorer_of
 from calm.flops import Work, cost_of
 from calm.models.language_model import language_model
 from calm.models.loading import load_language_model_and_tokenizer
-from calm.progress import tell, tracked
+from calm.progress import announce, track
 from calm.report.facts import here_and_now
 from calm.report.measured import Comparison, ModelResult, TemperaturePoint
 from calm.texts import continue_texts
@@ -90,7 +90,7 @@ def compare(runs: Sequence[Path], data: Path | None, measures: Measures) -> Comp
     settings = dataclasses.replace(blocks_of_run(runs[0], measures.context), block_size=measures.context)
     results = [
         _measure(run, prepared, settings, prompts, measures)
-        for run in tracked(runs, "comparing", "model", stays=True)
+        for run in track(runs, "comparing", "model", stays=True)
     ]
     blocks = prepared.blocks("validation", chunk_size=NUM_ORDERS, **dataclasses.asdict(settings))
     orders = affordable_orders(measures.ngrams, prepared)
@@ -114,7 +114,7 @@ def _measure(
     view = language_model(model)
     size = view.chunk_size
     cost = cost_of(model.config, Work(measures.context // size))  # First: it rejects models it cannot count.
-    tell(f"scoring {run.name}")
+    announce(f"scoring {run.name}")
     card = score_model(model, data, settings, num_blocks=measures.num_blocks)
     record = record_of(run, model.config)
     return ModelResult(

@@ -197,7 +197,7 @@ class DocumentSums:
         return _sum_by_document(document_P.cpu(), ones_P, figures_PX.double().cpu())
 
     @staticmethod
-    def joined(parts: Sequence["DocumentSums"]) -> "DocumentSums":
+    def concat(parts: Sequence["DocumentSums"]) -> "DocumentSums":
         """Merge the sums of several parts of a text; a document may span parts."""
         return _sum_by_document(*(torch.cat(fields) for fields in zip(*map(_fields, parts), strict=True)))
 

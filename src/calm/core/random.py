@@ -12,7 +12,7 @@ from typing import NamedTuple, SupportsIndex
 import torch
 from torch import Tensor
 
-from calm.core.seeds import whole_seed
+from calm.core.seeds import as_seed
 
 
 class DrawsInParts:
@@ -59,7 +59,7 @@ class RequestRecorder:
         self.requests: list[Request] = []
 
 
-class GivenNumbers:
+class PredrawnNumbers:
     """Numbers drawn in advance, (N, R, U) each, returned in the order of requests.
 
     Args:
@@ -75,7 +75,7 @@ class GivenNumbers:
 
 
 Randomness = (
-    torch.Generator | Sequence[torch.Generator] | DrawsInParts | RequestRecorder | GivenNumbers | None
+    torch.Generator | Sequence[torch.Generator] | DrawsInParts | RequestRecorder | PredrawnNumbers | None
 )
 """One generator for all rows, one per row, draws in parts, or None for the default generator; or a recorder
 of requests, or given numbers (see `numbers_for`)."""
@@ -91,7 +91,7 @@ def numbers_for(
     """The numbers, (N, R, size) each, that a draw making these requests would get.
 
     This splits a draw into its random numbers and a deterministic function of them (see `RequestRecorder` and
-    `GivenNumbers`).
+    `PredrawnNumbers`).
     """
     return [
         _generate(request.function, num_draws, num_rows, request.size, randomness, device, request.dtype)
@@ -132,7 +132,7 @@ def _generate(
     device: torch.device | str,
     dtype: torch.dtype,
 ) -> Tensor:
-    if isinstance(randomness, GivenNumbers):
+    if isinstance(randomness, PredrawnNumbers):
         return randomness.next()
     if isinstance(randomness, RequestRecorder):
         randomness.requests.append(Request(function, size, dtype))
@@ -163,7 +163,7 @@ def select_rows(randomness: Randomness, rows_R: Tensor) -> Randomness:
 
 def seed_of(*parts: object) -> int:
     """Hash numbers and strings to a seed."""
-    plain = tuple(whole_seed(part) if isinstance(part, SupportsIndex) else part for part in parts)
+    plain = tuple(as_seed(part) if isinstance(part, SupportsIndex) else part for part in parts)
     digest = hashlib.blake2b(repr(plain).encode(), digest_size=7).digest()  # torch takes at most 63 bits.
     return int.from_bytes(digest, "big")
 
@@ -206,7 +206,7 @@ def generator_of_row(
         ValueError: If the seed is not an integer.
     """
     # The hash is of a repr, and numpy and torch integers have another repr than Python's.
-    text = repr((whole_seed(seed), operator.index(copy), _plain(row)))
+    text = repr((as_seed(seed), operator.index(copy), _plain(row)))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     # manual_seed takes at most 63 bits without wrapping.
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -4,7 +4,7 @@ import operator
 from typing import Any
 
 
-def whole_seed(seed: Any) -> int:
+def as_seed(seed: Any) -> int:
     """A seed as a plain int, so that 1 gives the same results whether it is from Python, numpy or torch.
 
     Raises:

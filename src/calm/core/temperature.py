@@ -23,7 +23,7 @@ states (N, R, X) for a `TokenReader`."""
 _ROUNDING = 1e-3  # Relative; 1/T this close to an integer is taken for it.
 _SMALLEST_TEMPERATURE = 1e-300
 _GREEDY_BELOW = 1e-6
-_MOST_DRAWS_NAMED = 10**6  # Error messages suggest more draws only up to this; nobody would make more.
+_MAX_DRAWS_NAMED = 10**6  # Error messages suggest more draws only up to this; nobody would make more.
 _FIRST_BLOCK = 16
 _FIRST_BLOCK_WITH_READER = 4  # If tokens are expensive to decode, so are unneeded draws.
 _GROWTH = 3  # Few long blocks: with few rows, the overhead of a block is that of dozens of draws.
@@ -203,7 +203,7 @@ def order_for(temperature: float, num_draws: int | None = None, name: str = "") 
     if num_draws is None:
         return order
     needed = 1 if math.isinf(order) else math.ceil(order)
-    if num_draws < needed and needed > _MOST_DRAWS_NAMED and num_draws > 0:
+    if num_draws < needed and needed > _MAX_DRAWS_NAMED and num_draws > 0:
         raise ValueError(
             f"a temperature of {temperature:g} needs {order:.3g} draws, got {name}{num_draws}; the "
             f"lowest temperature above 0 with that many is {1 / num_draws:g}."

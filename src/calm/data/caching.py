@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import pyarrow
 
-from calm.storage.checksums import is_marked, mark
+from calm.storage.checksums import matches_checksum, write_file_checksum
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 def load_or_make(
     make: Callable[[], datasets.Dataset], cache: Path, contents: str, *, has_folders: bool = False
 ) -> datasets.Dataset:
-    """Load a dataset from its cache files if they are intact, else make it and mark its files as intact.
+    """Load a dataset from its cache files if they are intact, else make it, and write checksums of its files.
 
     Files that have been damaged, or whose writer was killed, are removed, and the function is called again.
 
@@ -30,11 +30,11 @@ def load_or_make(
     try:
         dataset = make()
         reused = _files_of(dataset) & before
-        damaged = {file for file in reused if not is_marked(file)}
+        damaged = {file for file in reused if not matches_checksum(file)}
     except (pyarrow.ArrowInvalid, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # The disk failed, not a file.
             raise
-        damaged = {file for file in before if not is_marked(file)}
+        damaged = {file for file in before if not matches_checksum(file)}
         if not damaged:
             raise
     if damaged:
@@ -47,7 +47,7 @@ def load_or_make(
         before -= damaged
         dataset = make()
     for file in _files_of(dataset) - before:
-        mark(file)
+        write_file_checksum(file)
     return dataset
 
 

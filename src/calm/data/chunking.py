@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from calm.core.chunks import IGNORED_LABEL
-from calm.core.seeds import whole_seed
+from calm.core.seeds import as_seed
 from calm.errors import InputError
 
 Layout = Literal["documents", "packed"]
@@ -110,7 +110,7 @@ def check_block_size(block_size: int, chunk_size: int) -> None:
 
 def _offset(seed: int, index: int, chunk_size: int) -> int:
     """Padding tokens in front of a document: uniform over 0..K-1, determined by seed and index."""
-    digest = hashlib.blake2b(f"{whole_seed(seed)}/{index}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{as_seed(seed)}/{index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % chunk_size
 
 

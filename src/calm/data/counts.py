@@ -32,7 +32,7 @@ class Counts:
 
     def __str__(self) -> str:
         train, held_out = (
-            f"{number(self.documents[split], 'document')} and {number(self.tokens[split], 'token')}"
+            f"{pluralize(self.documents[split], 'document')} and {pluralize(self.tokens[split], 'token')}"
             for split in ("train", "validation")
         )
         return f"{train} to train on; {held_out} ({_percent(self.share)}) held out"
@@ -58,7 +58,7 @@ class Counts:
             logger.warning(
                 "%s held out are too few for a reliable score (at least %s are needed): give more text, or "
                 "hold out more of it.",
-                number(self.tokens["validation"], "token"),
+                pluralize(self.tokens["validation"], "token"),
                 f"{_FEW_TOKENS:,}",
             )
 
@@ -79,7 +79,7 @@ def _count_tokens(documents: datasets.Dataset) -> int:
     )
 
 
-def number(count: int, noun: str) -> str:
+def pluralize(count: int, noun: str) -> str:
     """A count with its noun, in the plural unless it is 1."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 

@@ -228,8 +228,8 @@ def _answers(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase)
     for index, message in enumerate(messages):
         if message["role"] != ASSISTANT:
             continue
-        before = render(tokenizer, messages[:index], to_answer=True)
-        after = render(tokenizer, messages[: index + 1], to_answer=False)
+        before = render(tokenizer, messages[:index], add_generation_prompt=True)
+        after = render(tokenizer, messages[: index + 1], add_generation_prompt=False)
         if not after.startswith(before):
             raise InputError(
                 "the chat template renders the prompt differently once an answer follows, so the two cannot "
@@ -337,7 +337,7 @@ def _truncate(example: Example, chunk_size: int, block_size: int) -> tuple[list[
     return example.prompt[-room:], completion
 
 
-def give_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> None:
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> None:
     """Set a tokenizer's chat template from a file.
 
     Args:

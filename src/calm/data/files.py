@@ -42,7 +42,7 @@ _MAX_SUFFIXES_SHOWN, _LONGEST_SUFFIX = 5, 12
 _TOOL_SUFFIXES = (".dist-info", ".egg-info")
 
 
-def is_here(source: str) -> bool:
+def is_local(source: str) -> bool:
     """Whether a source is a file or folder on this machine.
 
     Raises:

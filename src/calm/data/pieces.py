@@ -24,7 +24,7 @@ from calm.data.engines import RunAhead, run_none
 from calm.data.tokenizer import load_tokenizer, train_tokenizer
 from calm.errors import InputError, RunError
 from calm.storage.disk import disk_errors
-from calm.storage.folders import new_folder, work_of, written_whole
+from calm.storage.folders import atomic_folder, new_folder, work_path
 from calm.storage.locks import locked
 from calm.text.encoding import encode_documents
 
@@ -39,7 +39,7 @@ def work_folder(output: Path) -> Iterator[Path]:
     Raises:
         RunError: If the disk is full or cannot be written.
     """
-    folder = work_of(output)
+    folder = work_path(output)
     with (
         disk_errors(output),
         new_folder(output.parent),
@@ -87,7 +87,7 @@ def load_or_train_tokenizer(
     folder = work / f"tokenizer-{_digest(ranks[: len(first)], str(vocab_size))}"
     if not folder.is_dir():
         tokenizer = train_tokenizer((row["text"] for row in documents.select(first)), vocab_size)
-        with written_whole(folder) as partial_folder:
+        with atomic_folder(folder) as partial_folder:
             tokenizer.save_pretrained(partial_folder)
     return load_tokenizer(str(folder))
 

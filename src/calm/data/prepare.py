@@ -14,7 +14,7 @@ from pathlib import Path
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from calm.core.seeds import whole_seed
+from calm.core.seeds import as_seed
 from calm.data.counts import count
 from calm.data.engines import Engine, open_engine
 from calm.data.options import ReadingOptions
@@ -26,7 +26,7 @@ from calm.data.sources import load_documents
 from calm.data.splitting import Split, choose_split, split_documents
 from calm.data.tokenizer import check_vocab_size, load_tokenizer
 from calm.errors import InputError
-from calm.storage.folders import check_output, check_spared, written_whole
+from calm.storage.folders import atomic_folder, check_inputs_outside, check_output
 from calm.storage.ours import PREPARED
 from calm.text.vocabulary import num_ids
 
@@ -75,7 +75,7 @@ def prepare(
         InputError: If a source or setting is invalid, or there is too little text to split.
         RunError: If the disk is full, or a process dies.
     """
-    options, seed = options or ReadingOptions(), whole_seed(seed)
+    options, seed = options or ReadingOptions(), as_seed(seed)
     sources = as_sources(sources)
     names = [name_of(source) for source in sources]
     validation_sources = as_sources(validation_sources)
@@ -83,7 +83,7 @@ def prepare(
         logger.info("text: its own split 'validation' is held out")
     replaces = PREPARED if overwrite else None
     inputs = [source for source in (*sources, *validation_sources, tokenizer) if isinstance(source, str)]
-    check_spared(output, inputs)
+    check_inputs_outside(output, inputs)
     check_output(output, replaces)
     named_tokenizer = check_text(
         sources,
@@ -120,7 +120,7 @@ def prepare(
             used_tokenizer = load_or_train_tokenizer(*splits["train"], vocab_size, work)
         tokens = tokenize_splits(splits, used_tokenizer, work, num_proc=num_proc, run_ahead=run_ahead)
         counts, digest = count(**tokens), digest_of(**tokens, tokenizer=used_tokenizer)
-        with written_whole(output, replaces) as folder:
+        with atomic_folder(output, replaces) as folder:
             for name, documents_of_split in tokens.items():
                 _save(documents_of_split, folder / name, counts.tokens[name], f"{digest}-{name}")
             used_tokenizer.save_pretrained(folder / "tokenizer")

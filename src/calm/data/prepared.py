@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow
 from transformers import PreTrainedTokenizerBase
 
-from calm.core.seeds import whole_seed
+from calm.core.seeds import as_seed
 from calm.data.caching import load_or_make
 from calm.data.chunking import Layout, check_block_size, make_blocks
 from calm.data.counts import Counts, count
@@ -90,7 +90,7 @@ class PreparedData:
             "eos_token_id": self.tokenizer.eos_token_id,
             "pad_token_id": self.tokenizer.pad_token_id,
             "layout": layout,
-            "seed": whole_seed(seed),
+            "seed": as_seed(seed),
         }
         # The 1 stands for one process: several would get other batches of documents, hence other blocks.
         key = json.dumps([_BLOCKS_VERSION, self.digest, settings, 1]).encode()

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from calm.data.files import find_files, is_here
+from calm.data.files import find_files, is_local
 from calm.data.formats import read_records
 from calm.data.rows import is_saved, load_hub_dataset, train_rows
 from calm.data.shards import check_sources
@@ -22,10 +22,10 @@ def load_records(sources: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]
     """
     check_sources(sources)
     for source in sources:
-        if is_here(source) and not is_saved(Path(source)):
+        if is_local(source) and not is_saved(Path(source)):
             for file in find_files(Path(source), log_excluded=True):
                 yield from read_records(file)
             continue
-        rows = train_rows(source) if is_here(source) else load_hub_dataset(source)
+        rows = train_rows(source) if is_local(source) else load_hub_dataset(source)
         for number, row in enumerate(rows):
             yield f"'{source}', row {number}", row

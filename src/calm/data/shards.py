@@ -9,7 +9,7 @@ from typing import Literal
 import datasets
 import pyarrow
 
-from calm.data.files import find_files, is_here
+from calm.data.files import find_files, is_local
 from calm.data.formats import read_documents
 from calm.data.options import ReadingOptions
 from calm.data.rows import (
@@ -60,7 +60,7 @@ def check_sources(sources: Sequence[Source]) -> None:
     for source in sources:
         if not isinstance(source, str):
             train_rows(source)
-        elif not is_here(source):
+        elif not is_local(source):
             check_hub_name(source)
         elif is_saved(Path(source)):
             train_rows(source)
@@ -75,7 +75,7 @@ def check_sources(sources: Sequence[Source]) -> None:
 
 def files_of(source: str) -> list[Path]:
     """The files of a source; empty for a hub dataset."""
-    if not is_here(source):
+    if not is_local(source):
         return []
     return files_of_saved(Path(source)) if is_saved(Path(source)) else find_files(Path(source))
 
@@ -109,14 +109,14 @@ def shards_of(
     Raises:
         InputError: As for `find_shards`.
     """
-    if isinstance(source, str) and is_here(source) and not is_saved(Path(source)):
+    if isinstance(source, str) and is_local(source) and not is_saved(Path(source)):
         for file in find_files(Path(source), log_excluded=log_excluded):
             status = file.stat()
             # The stamp must change when the file is modified.
             stamp = (str(file), status.st_size, status.st_mtime_ns)
             yield Shard(partial(read_documents, file, options), status.st_size, stamp)
         return
-    if isinstance(source, str) and not is_here(source):
+    if isinstance(source, str) and not is_local(source):
         rows = load_hub_dataset(source, streaming=use != "whole")
     else:
         rows = train_rows(source)
@@ -167,6 +167,6 @@ def _read_rows(
     except (UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise InputError(f"cannot read {quoted(source)}: it is damaged ({reason_of(error)}).") from error
     except Exception as error:
-        if not isinstance(source, str) or is_here(source):
+        if not isinstance(source, str) or is_local(source):
             raise
         raise no_such_dataset(source, error) from error

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.compute
 
 from calm.data.caching import load_or_make
-from calm.data.counts import number
+from calm.data.counts import pluralize
 from calm.data.engines import RunAhead, run_none
 from calm.data.options import ReadingOptions
 from calm.data.pieces import rank_of
@@ -109,7 +109,7 @@ def _to_documents(rows: datasets.Dataset, sources: Sequence[Source]) -> Document
         with_text = np.flatnonzero(texts.is_valid())
         rows, ranks = rows.select(with_text), ranks[with_text]
     if num_skipped:
-        logger.info("text: skipped %s without text", number(num_skipped, "record"))
+        logger.info("text: skipped %s without text", pluralize(num_skipped, "record"))
     if not len(rows):
         raise InputError(f"there is no text in {', '.join(map(name_of, sources))}; give a source with text.")
     return Documents(rows.select_columns(["text"]), ranks, num_skipped)

@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 import pyarrow.compute
 
-from calm.data.counts import number
+from calm.data.counts import pluralize
 from calm.data.cutting import longest_part, parts_of
 from calm.data.pieces import rank_of, ranks_of
 from calm.errors import InputError
@@ -100,7 +100,7 @@ def choose_split(
     if split.part_bytes is not None:
         logger.info(
             "text: cut %s (between paragraphs, if there are any) so that part of the text can be held out",
-            number((sizes > size).sum(), "long document"),
+            pluralize((sizes > size).sum(), "long document"),
         )
     return split
 

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TypeVar
 
-from calm.core.seeds import whole_seed
+from calm.core.seeds import as_seed
 from calm.data import lexicon
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ def stories(seed: int = 0, num_stories: int | None = None) -> Iterator[str]:
     Yields:
         Stories of 12 to 14 beats, each on one line.
     """
-    seed = whole_seed(seed)
+    seed = as_seed(seed)
     indices = itertools.count() if num_stories is None else range(num_stories)
     for index in indices:
         yield write_story(random.Random(f"{seed}/{index}"))

@@ -16,10 +16,10 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
-from calm.core.seeds import whole_seed
+from calm.core.seeds import as_seed
 from calm.errors import InputError
 from calm.ranges import Range
-from calm.storage.disk import disk_errors, write_lines_whole
+from calm.storage.disk import disk_errors, write_lines_atomically
 
 MODULUS = 7
 _NUM_PATHS = 4
@@ -189,7 +189,7 @@ def items(
     if name not in TASKS:
         raise InputError(f"there is no task '{name}'; use one of: {', '.join(TASKS)}.")
     TASKS[name].hops.require("hops", hops)
-    return itertools.islice(_items(name, hops, whole_seed(seed), held_out), number)
+    return itertools.islice(_items(name, hops, as_seed(seed), held_out), number)
 
 
 def _items(name: str, hops: int, seed: int, held_out: bool) -> Iterator[Item]:
@@ -209,4 +209,4 @@ def write_items(path: Path, name: str, hops: int, seed: int, number: int, held_o
     lines = (json.dumps(item.record) + "\n" for item in items(name, hops, seed, number, held_out))
     path.parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(path):
-        write_lines_whole(path, lines)
+        write_lines_atomically(path, lines)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from calm.errors import InputError, reason_of
 from calm.extras import require
 from calm.hub.connection import may_be_on_hub
-from calm.hub.gguf import is_gguf, on_hub
+from calm.hub.gguf import as_hub_file, is_gguf
 from calm.hub.opening import open_tokenizer
 
 PAD, EOS, BOS = "<|pad|>", "<|eos|>", "<|bos|>"
@@ -120,7 +120,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     if is_gguf(name):
         require(f"'{name}', a GGUF file,", "gguf")
-    path, hub_file = Path(name), on_hub(name)
+    path, hub_file = Path(name), as_hub_file(name)
     is_file = path.suffix == ".json" or is_gguf(name)
     is_local = path.is_file() if is_file else path.is_dir()
     repository = name if hub_file is None else hub_file.repository

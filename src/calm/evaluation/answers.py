@@ -7,9 +7,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calm.data.examples import Example
-from calm.models.context import room_beside
+from calm.models.context import remaining_context
 from calm.models.language_model import language_model
-from calm.progress import tracked
+from calm.progress import track
 from calm.text.decoding import decode_after
 from calm.texts import continue_tokens
 
@@ -41,9 +41,9 @@ def answer(
     answers = []
     if max_new_tokens is None:
         max_new_tokens = max((len(example.completion) for example in examples), default=0)
-    if (room := room_beside(model.config, 1)) is not None:
+    if (room := remaining_context(model.config, 1)) is not None:
         max_new_tokens = min(max_new_tokens, room)
-    for start in tracked(range(0, len(examples), _ANSWERS_AT_ONCE), "answering", "batch"):
+    for start in track(range(0, len(examples), _ANSWERS_AT_ONCE), "answering", "batch"):
         prompts = [example.prompt for example in examples[start : start + _ANSWERS_AT_ONCE]]
         tokens = continue_tokens(
             model,
@@ -102,7 +102,7 @@ def held_out_loss(model: PreTrainedModel, blocks: datasets.Dataset, num_blocks: 
     view, total, count = language_model(model), 0.0, 0
     generator = torch.Generator(model.device).manual_seed(0)
     blocks = blocks.select(range(min(num_blocks, len(blocks))))
-    for block in tracked(blocks.iter(batch_size=1), "scoring the loss", "block", total=len(blocks)):
+    for block in track(blocks.iter(batch_size=1), "scoring the loss", "block", total=len(blocks)):
         batch = {name: block[name].to(model.device) for name in ("input_ids", "labels", "position_ids")}
         loss, targets = view.loss(**batch, generator=generator)
         if targets:

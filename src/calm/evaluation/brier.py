@@ -21,7 +21,7 @@ from calm.core.brier import (
     undefined_brier_lm,
 )
 from calm.core.chunks import as_id_tensor, end_after_eos, find_targets, number_documents, split_into_chunks
-from calm.core.seeds import whole_seed
+from calm.core.seeds import as_seed
 from calm.errors import InputError
 from calm.evaluation.processes import Batch, batches_of_process, gather_from_processes
 
@@ -205,7 +205,7 @@ def evaluate_brier(
     parts = sorted(gather_from_processes(parts), key=lambda part: part[0])
     if not parts:
         raise InputError("the held-out text has no chunk to score; give more text.")
-    sums = DocumentSums.joined([part[2] for part in parts])
+    sums = DocumentSums.concat([part[2] for part in parts])
     hit_K, equal_K = sums.means_X.chunk(2)
     # Brier = 2 hit - collision; the covariance follows by the same linear map.
     combine_KX = torch.cat([2 * torch.eye(size), -torch.eye(size)], dim=1).double()
@@ -244,4 +244,4 @@ def _documents_of(batch: Batch, index: int) -> Tensor:
 
 
 def _seed_of_batch(seed: int, index: int) -> int:
-    return (whole_seed(seed) * 1_000_003 + index) % 2**63
+    return (as_seed(seed) * 1_000_003 + index) % 2**63

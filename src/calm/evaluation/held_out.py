@@ -10,7 +10,7 @@ import datasets
 import torch
 from transformers import PreTrainedModel
 
-from calm.core.seeds import whole_seed
+from calm.core.seeds import as_seed
 from calm.data.chunking import BlockSettings, Layout
 from calm.data.prepared import PreparedData
 from calm.errors import InputError
@@ -24,14 +24,14 @@ from calm.hardware import fast_float32
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.context import check_context
 from calm.models.language_model import language_model
-from calm.progress import tracked
+from calm.progress import track
 
 logger = logging.getLogger(__name__)
 EVALUATION_SEED = 1234  # The same seed at every evaluation, so that checkpoints are comparable.
 _BATCH_SIZE = 8
 _TOKENS_AT_ONCE = 8192
 _BYTES_OF_COUNTS = 200  # Per training token.
-_MOST_COUNTED = 20_000_000  # Training tokens, for floors that were not asked for.
+_MAX_COUNTED = 20_000_000  # Training tokens, for floors that were not asked for.
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def batches_of(
     size = _BATCH_SIZE
     if end:
         size = max(1, min(_BATCH_SIZE, _TOKENS_AT_ONCE // blocks[0]["input_ids"].shape[-1]))
-    for start in tracked(range(0, end, size), label, "batch"):
+    for start in track(range(0, end, size), label, "batch"):
         batch = blocks[start : min(start + size, end)]
         yield {name: column.to(device) for name, column in batch.items()}
 
@@ -145,7 +145,7 @@ def score_reconstruction(
     seed: int = EVALUATION_SEED,
 ) -> ReconstructionResult:
     """Reconstruction of held-out blocks."""
-    generator = torch.Generator(autoencoder.device).manual_seed(whole_seed(seed))
+    generator = torch.Generator(autoencoder.device).manual_seed(as_seed(seed))
     batches = batches_of(blocks, num_blocks, autoencoder.device, label="scoring the autoencoder")
     return evaluate_reconstruction(autoencoder, batches, generator)
 
@@ -214,7 +214,7 @@ def score_perplexity(
 def affordable_orders(orders: Sequence[int], data: PreparedData) -> Sequence[int]:
     """Orders of the n-gram floors shown by default: none if the training text is too long to count."""
     num_tokens = data.counts().tokens["train"]
-    if not orders or num_tokens <= _MOST_COUNTED:
+    if not orders or num_tokens <= _MAX_COUNTED:
         return orders
     logger.info(
         "no n-gram floors: the training text has %s tokens, which would take about %s GiB; "

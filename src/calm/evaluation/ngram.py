@@ -17,7 +17,7 @@ from torch import Tensor
 
 from calm.core.chunks import IGNORED_LABEL, split_into_chunks
 from calm.evaluation.processes import Batch
-from calm.progress import tracked
+from calm.progress import track
 
 _NO_TOKEN = -1  # In a history, before the start of the document.
 
@@ -51,7 +51,7 @@ class NGramCounts:
         context = torch.zeros_like(stream)  # Context ids at the current level.
         position = torch.arange(len(stream))  # Positions with enough history for it.
         self.levels = [_make_level(context[:1], context, stream, vocab_size)]
-        for length in tracked(range(1, order), f"counting {order}-grams", "length"):
+        for length in track(range(1, order), f"counting {order}-grams", "length"):
             is_long_enough = history[position] >= length
             position, context = position[is_long_enough], context[is_long_enough]
             key = context * vocab_size + stream[position - length]

@@ -43,7 +43,7 @@ def hub_or_cache() -> Iterator[None]:
     Raises:
         ConnectionError: If the hub does not answer and the cache lacks what was asked for.
     """
-    reason = unreachable()
+    reason = why_unreachable()
     if reason is None:
         yield
         return
@@ -62,7 +62,7 @@ def hub_or_cache() -> Iterator[None]:
             vars(module)["HF_HUB_OFFLINE"] = value
 
 
-def unreachable() -> str | None:
+def why_unreachable() -> str | None:
     """Why the hub (or the mirror in HF_ENDPOINT) cannot be reached; None if it can.
 
     If HF_HUB_OFFLINE is set, the libraries never ask the hub; it is not asked here either, and the result is

@@ -31,7 +31,7 @@ def is_gguf(name: str) -> bool:
     return name.lower().endswith(_SUFFIX)
 
 
-def on_hub(name: str) -> HubFile | None:
+def as_hub_file(name: str) -> HubFile | None:
     """The hub file that a GGUF name refers to; None if it cannot be one on the hub."""
     parts = name.split("/")
     if not is_gguf(name) or len(parts) < _MIN_PARTS or not all(parts):
@@ -45,7 +45,7 @@ def local_file(name: str) -> Path:
     Raises:
         Exception: Any error of the hub's client, if there is no such file.
     """
-    remote = on_hub(name)
+    remote = as_hub_file(name)
     if Path(name).is_file() or remote is None:
         return Path(name)
     with hub_or_cache():

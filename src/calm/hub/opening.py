@@ -200,7 +200,7 @@ def open_adapters(model: Any, path: Path) -> Any:
     import peft  # noqa: PLC0415 (optional dependency)
 
     with _without_code(str(path)):
-        with peft_by_old_names():
+        with ignore_peft_deprecations():
             adapted = peft.PeftModel.from_pretrained(model, str(path))
         # Whether peft would save embeddings does not matter here, and by default it would ask the hub.
         expected = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
@@ -214,7 +214,7 @@ def open_adapters(model: Any, path: Path) -> Any:
 
 
 @contextmanager
-def peft_by_old_names() -> Iterator[None]:
+def ignore_peft_deprecations() -> Iterator[None]:
     """Silence transformers' warning that peft uses the old name of a model property."""
     with warnings.catch_warnings():
         old = "`is_gradient_checkpointing` is deprecated"

@@ -27,8 +27,8 @@ class NormedAttention(LlamaAttention):
     forward = Qwen3Attention.forward  # type: ignore[assignment]
 
 
-def norm_queries_and_keys(layer: nn.Module, config: LlamaConfig, index: int) -> None:
-    """Replace a new Llama layer's attention by `NormedAttention` if the configuration asks for it."""
+def add_qk_norm(layer: nn.Module, config: LlamaConfig, index: int) -> None:
+    """Normalize queries and keys in a new Llama layer, if the configuration asks for it."""
     if has_qk_norm(config):
         layer.self_attn = NormedAttention(config, index)
 
@@ -38,7 +38,7 @@ def has_qk_norm(config: LlamaConfig) -> bool:
     return bool(getattr(config, QK_NORM, False))
 
 
-def projected(attention: Any, states_XD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def project_qkv(attention: Any, states_XD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Project states to queries (X, G, d), keys and values (X, H, d), before rotary embedding.
 
     Args:
@@ -54,7 +54,7 @@ def projected(attention: Any, states_XD: Tensor) -> tuple[Tensor, Tensor, Tensor
     return query_XGd, key_XHd, value_XHd
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply rotary embedding to queries or keys, in Llama's half-split layout; shapes broadcast."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -40,9 +40,9 @@ class AdaptiveBlock(nn.Module):
 
     def forward(self, x_NPD: Tensor, condition: Tensor) -> Tensor:
         """Apply the block to x (N, P, D) with a condition that broadcasts to its shape."""
-        return self.modulated(x_NPD, self.modulation(condition))
+        return self.forward_modulated(x_NPD, self.modulation(condition))
 
-    def modulated(self, x_NPD: Tensor, modulation: Tensor) -> Tensor:
+    def forward_modulated(self, x_NPD: Tensor, modulation: Tensor) -> Tensor:
         """Apply the block with precomputed shift, scale and gate, (..., 3 D)."""
         shift, scale, gate = modulation.chunk(3, dim=-1)
         normed_NPD = self.norm(x_NPD) * (1 + scale) + shift
@@ -53,7 +53,7 @@ class RecomputedBlock(AdaptiveBlock, GradientCheckpointingLayer):
     """An `AdaptiveBlock` that is recomputed in the backward pass if gradient checkpointing is on."""
 
 
-class PartedLinear(nn.Linear):
+class SlicedLinear(nn.Linear):
     """A linear layer whose weights are used in slices. It is never called, so an adapter would do nothing."""
 
 

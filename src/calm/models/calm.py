@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 
 from calm.core.chunks import IGNORED_LABEL, find_targets, mean_over, split_into_chunks
 from calm.core.gaussian import DiagonalGaussian
-from calm.models.attention import norm_queries_and_keys
+from calm.models.attention import add_qk_norm
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.blocks import ChunkProjection, LastTokenProjection, ZeroLinear
 from calm.models.configuration import CalmConfig
@@ -63,7 +63,7 @@ class ChunkBackbone(LlamaModel):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__(config)
         for index, layer in enumerate(self.layers):
-            norm_queries_and_keys(layer, config, index)
+            add_qk_norm(layer, config, index)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -319,9 +319,9 @@ class CalmForCausalLM(ChunkGenerationMixin, SavingMixin, PreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
         """State of every chunk, (B, C, D), as in `CalmOutput`; state i predicts chunk i + 1."""
-        return self.read_on(input_ids, self._chunk_mask(attention_mask), position_ids)
+        return self.forward_chunks(input_ids, self._chunk_mask(attention_mask), position_ids)
 
-    def read_on(
+    def forward_chunks(
         self,
         input_ids: Tensor,
         mask: Tensor | None = None,

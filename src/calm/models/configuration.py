@@ -6,7 +6,7 @@ from typing import Any, ClassVar, get_args
 from transformers import LlamaConfig, PreTrainedConfig
 
 from calm.errors import cause_of, shown
-from calm.models.fields import check_fields, check_heads, check_names, own_fields
+from calm.models.fields import check_fields, check_heads, check_names, declared_fields
 from calm.models.foreign import check_functions
 from calm.models.heads import HeadConfig, parse_head_config, with_sampling, with_training
 from calm.models.hyperparameters import (
@@ -296,7 +296,7 @@ def _with_sizes(
 
 def _read_only_message(name: str, value: Any) -> str:
     """Error message for setting a read-only property of a `CalmConfig`."""
-    field, all_fields = _PROPERTIES[name], ", ".join(own_fields(CalmConfig))
+    field, all_fields = _PROPERTIES[name], ", ".join(declared_fields(CalmConfig))
     if field is None:
         return f"{name} cannot be set: it follows from the sizes of backbone and autoencoder."
     if field.removesuffix("_config") == name or field == "backbone_input":

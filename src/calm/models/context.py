@@ -25,7 +25,7 @@ def check_context(config: PreTrainedConfig, context: int) -> None:
         )
 
 
-def room_beside(config: PreTrainedConfig, num_tokens: int) -> int | None:
+def remaining_context(config: PreTrainedConfig, num_tokens: int) -> int | None:
     """Tokens that fit in the context beside `num_tokens` others; None if there is no limit.
 
     The others are the prompt or the new tokens. For a CALM both take whole chunks, since a prompt is padded
@@ -47,7 +47,7 @@ def check_room(config: PreTrainedConfig, num_tokens: int, num_new_tokens: int, n
         num_new_tokens: Tokens to generate.
         num_thought: Tokens that the thoughts take up; see `calm.models.thoughts.num_tokens_of`.
     """
-    room = room_beside(config, num_tokens + num_thought)
+    room = remaining_context(config, num_tokens + num_thought)
     if room is None or num_new_tokens <= room:
         return
     shorten = "shorten the prompt, or use fewer thoughts" if num_thought else "shorten the prompt"

@@ -87,7 +87,7 @@ def check_fields(config: PreTrainedConfig, vocab_size: int | None = None) -> Non
     types: dict[Any, tuple[Any, str]] = {
         int: (int, "a whole number"), float: (int | float, "a number"), str: (str, "a string"),
     }  # fmt: skip
-    for name, hint in own_fields(type(config)).items():
+    for name, hint in declared_fields(type(config)).items():
         allowed_type, expected = types.get(str if get_origin(hint) is Literal else hint, (object, ""))
         value = getattr(config, name)
         if not isinstance(value, allowed_type) or (allowed_type is not object and isinstance(value, bool)):
@@ -181,7 +181,7 @@ def check_names(
             raise ValueError(f"{where or kind.__name__} has no field '{name}'; did you mean '{similar[0]}'?")
 
 
-def own_fields(kind: type[PreTrainedConfig]) -> dict[str, Any]:
+def declared_fields(kind: type[PreTrainedConfig]) -> dict[str, Any]:
     """Fields that a configuration does not inherit from transformers, with their types."""
     names = {field.name for field in fields(kind)}
     classes = [base for base in kind.__mro__ if base not in PreTrainedConfig.__mro__]

@@ -14,8 +14,8 @@ BackboneInput = Literal["tokens", "latents", "both"]
 SIZES = Range(1, 10**6)
 LAYERS = Range(1, 10_000)
 TOKEN_LAYERS = Range(0, 10_000)
-ABOVE_ZERO = Range(0, has_least=False)
-SHARES_BELOW_ONE = Range(0, 1, has_most=False)
+ABOVE_ZERO = Range(0, includes_low=False)
+SHARES_BELOW_ONE = Range(0, 1, includes_high=False)
 _NOT_NEGATIVE = Range(0)
 
 

@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from calm.core.chunks import IGNORED_LABEL
 from calm.core.samplers import Sampler
-from calm.core.seeds import whole_seed
+from calm.core.seeds import as_seed
 from calm.core.temperature import decodes_greedily, inverse_temperature
 from calm.errors import InputError, NotFiniteError
 from calm.models.autoencoder import CalmAutoencoder
@@ -324,7 +324,7 @@ class _TokenModel(LanguageModel):
             drafting = Drafting(draft, draft_chunks or 1, streamer=streamer)
             return generate_drafted(self.network, drafting, input_ids, seed=seed, **arguments)
         if seed is not None:
-            SEEDS.check("seed", seed := whole_seed(seed))
+            SEEDS.check("seed", seed := as_seed(seed))
         # transformers samples from the global generator, so restore its state afterwards.
         devices = [self.network.device] if self.network.device.type == "cuda" else []
         with torch.random.fork_rng(devices, enabled=seed is not None):

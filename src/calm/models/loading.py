@@ -30,7 +30,7 @@ from calm.models.fields import check_generation, check_switches
 from calm.models.foreign import check_transformer
 from calm.models.generation.ahead import find_steps, forget_steps
 from calm.models.gguf import check_gguf
-from calm.models.missing import look_for, no_model_in, not_loaded_from_hub, resolve_name
+from calm.models.missing import check_model_exists, no_model_in, not_loaded_from_hub, resolve_name
 from calm.models.registration import register
 from calm.models.shipped import folder_of
 from calm.models.thoughts import thoughts_of
@@ -43,7 +43,7 @@ from calm.models.weights import (
     check_size,
     read_headers,
 )
-from calm.storage.checksums import check_as_written
+from calm.storage.checksums import check_intact
 from calm.text.chat import end_of_turn_id
 from calm.text.vocabulary import check_ids
 
@@ -260,7 +260,7 @@ def config_of(name: str) -> PreTrainedConfig:
         if is_adapter(path):  # Merging does not change the sizes.
             return config_of(base_of_adapters(path))
         return load_config(path)
-    look_for(name)
+    check_model_exists(name)
     try:
         config = open_config(resolved)
         # GGUF files get the stricter `check_gguf`.
@@ -342,7 +342,7 @@ def _check_folder(model_class: Any, folder: Path) -> None:
     Raises:
         InputError: If files changed since they were written, or configuration and weights do not match.
     """
-    check_as_written(folder)
+    check_intact(folder)
     config, headers = load_config(folder), read_headers(folder)
     check_size(config, headers, str(folder))
     try:

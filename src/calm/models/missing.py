@@ -14,15 +14,15 @@ from huggingface_hub import constants, try_to_load_from_cache
 
 from calm.errors import InputError
 from calm.extras import require
-from calm.hub.connection import is_hub_name, may_be_on_hub, unreachable
-from calm.hub.gguf import is_gguf, on_hub
+from calm.hub.connection import is_hub_name, may_be_on_hub, why_unreachable
+from calm.hub.gguf import as_hub_file, is_gguf
 from calm.models.shipped import MODEL_FILES, folder_of, shipped_models
-from calm.storage.disk import expanded
+from calm.storage.disk import expand_user
 
-_MOST_NAMED = 3
-_MOST_COMPARED = 50
-_MOST_FOLDERS = 300  # Most folders to search.
-_MOST_ENTRIES = 1000  # Most entries to look at in each.
+_MAX_NAMED = 3
+_MAX_COMPARED = 50
+_MAX_FOLDERS = 300  # To search.
+_MAX_ENTRIES = 1000  # To look at in each folder.
 _DEPTH = 3  # Deep enough for runs/NAME/model.
 _SKIPPED = ("autoencoder", "checkpoints", "data")  # Parts of a run that are not searched.
 
@@ -49,7 +49,7 @@ def resolve_name(name: str) -> str:
 
 def _resolve_gguf(name: str) -> str:
     require(f"'{name}', a GGUF file,", "gguf")
-    file, hub_file = expanded(name), on_hub(name)
+    file, hub_file = expand_user(name), as_hub_file(name)
     if file.is_file():
         return str(file)
     if hub_file is not None and may_be_on_hub(hub_file.repository):
@@ -59,7 +59,7 @@ def _resolve_gguf(name: str) -> str:
     )
 
 
-def look_for(name: str) -> None:
+def check_model_exists(name: str) -> None:
     """Check that a model is on this machine, the hub's cache included, or that the hub can be reached.
 
     Raises:
@@ -67,14 +67,14 @@ def look_for(name: str) -> None:
     """
     if Path(resolve_name(name)).exists() or _is_cached(name):
         return
-    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else unreachable()
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else why_unreachable()
     if reason is not None:
         raise InputError(not_loaded_from_hub(name, reason))
 
 
 def _is_cached(name: str) -> bool:
     """Whether a hub model is in the local cache."""
-    hub_file = on_hub(name)
+    hub_file = as_hub_file(name)
     files = [(name, file) for file in MODEL_FILES] if hub_file is None else [hub_file]
     return any(isinstance(try_to_load_from_cache(*file), str) for file in files)
 
@@ -82,34 +82,34 @@ def _is_cached(name: str) -> bool:
 def no_such_folder(name: str) -> str:
     """Error message for a name that is not a folder here and is not looked up on the hub."""
     if not name.strip():
-        return f"the model name is empty{models_near(name)}"
-    if expanded(name).is_file():
+        return f"the model name is empty{nearby_models_hint(name)}"
+    if expand_user(name).is_file():
         return f"cannot load '{name}': it is a file; give the folder it is in."
     owner = name.partition("/")[0]
     reason = f" (the hub was not queried, as '{owner}' is a local folder)" if is_hub_name(name) else ""
-    return f"cannot load '{name}': there is no such folder{reason}{models_near(name)}"
+    return f"cannot load '{name}': there is no such folder{reason}{nearby_models_hint(name)}"
 
 
 def not_loaded_from_hub(name: str, reason: str) -> str:
     """Error message for a name that is not a folder here and could not be loaded from the hub."""
     problem = "it is not a local folder, and it could not be loaded from the hub"
-    return f"cannot load '{name}': {problem} ({reason.rstrip('.')}){models_near(name)}"
+    return f"cannot load '{name}': {problem} ({reason.rstrip('.')}){nearby_models_hint(name)}"
 
 
 def no_model_in(folder: str) -> str:
     """Error message for a folder without a model."""
     if (Path(folder) / "recipe.yaml").is_file():
         return f"'{folder}' is a run with an unfinished model (no model/config.json); continue with --resume."
-    inside = [path.as_posix() for path in islice(_model_folders(Path(folder)), _MOST_NAMED)]
+    inside = [path.as_posix() for path in islice(_model_folders(Path(folder)), _MAX_NAMED)]
     hint = f"there is one in {' and '.join(inside)}" if inside else "check the path"
     return f"there is no model in '{folder}' (no config.json); {hint}."
 
 
-def models_near(name: str) -> str:
+def nearby_models_hint(name: str) -> str:
     """End of an error message: shipped models, models in nearby folders, and the closest match."""
-    near = [folder.as_posix() for folder in islice(_model_folders(_deepest_folder(name)), _MOST_COMPARED)]
+    near = [folder.as_posix() for folder in islice(_model_folders(_deepest_folder(name)), _MAX_COMPARED)]
     shipped = list(shipped_models())
-    known = [*(f"{model} (in the package)" for model in shipped), *near[:_MOST_NAMED]]
+    known = [*(f"{model} (in the package)" for model in shipped), *near[:_MAX_NAMED]]
     # The user may have named a run instead of the model inside.
     models = {model.removesuffix("/model"): model for model in near}
     models |= {model: model for model in shipped + near}
@@ -120,21 +120,21 @@ def models_near(name: str) -> str:
 
 def _deepest_folder(name: str) -> Path:
     """Deepest existing parent of a path; the current folder if that is only the root."""
-    for parent in expanded(name).parents:
+    for parent in expand_user(name).parents:
         if parent.is_dir() and parent != Path(parent.anchor):
             return parent
     return Path()
 
 
 def models_in(folder: Path) -> list[Path]:
-    """Folders of language models below a folder, nearest first, at most `_MOST_FOLDERS`.
+    """Folders of language models below a folder, nearest first, at most `_MAX_FOLDERS`.
 
     Raises:
         InputError: If there is no such folder.
     """
     if not folder.is_dir():
         raise InputError(f"there is no folder '{folder}'.")
-    return list(islice(_model_folders(folder), _MOST_FOLDERS))
+    return list(islice(_model_folders(folder), _MAX_FOLDERS))
 
 
 def _model_folders(start: Path) -> Iterator[Path]:
@@ -142,7 +142,7 @@ def _model_folders(start: Path) -> Iterator[Path]:
     level, searched = [start], 0
     for _ in range(_DEPTH):
         deeper = []
-        for folder in level[: _MOST_FOLDERS - searched]:
+        for folder in level[: _MAX_FOLDERS - searched]:
             for inner in _folders_in(folder):
                 if _is_language_model(inner):
                     yield inner
@@ -154,7 +154,7 @@ def _model_folders(start: Path) -> Iterator[Path]:
 
 def _folders_in(folder: Path) -> list[Path]:
     try:
-        entries = sorted(islice(folder.iterdir(), _MOST_ENTRIES))
+        entries = sorted(islice(folder.iterdir(), _MAX_ENTRIES))
         return [e for e in entries if e.is_dir() and e.name not in _SKIPPED and not e.name.startswith(".")]
     except OSError:  # Not readable.
         return []

@@ -86,7 +86,7 @@ class ChunkReader:
         self, tokens_BT: Tensor, mask: Tensor | None, position_BU: Tensor, cache: Cache | None
     ) -> Tensor:
         """See `Reader`; the outputs are the states of the chunks."""
-        return self.model.read_on(tokens_BT, mask, position_BU, cache)
+        return self.model.forward_chunks(tokens_BT, mask, position_BU, cache)
 
     def draw(self, outputs_PX: Tensor, num_draws: int, generator: torch.Generator) -> Tensor:
         """See `Reader`."""

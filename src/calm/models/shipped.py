@@ -6,7 +6,7 @@ The package ships models so that there is something to generate with right after
 from importlib.resources import files
 from pathlib import Path
 
-from calm.storage.disk import expanded
+from calm.storage.disk import expand_user
 
 MODEL_FILES = ("config.json", "adapter_config.json")
 
@@ -24,7 +24,7 @@ def folder_of(name: str) -> str:
 
     A leading ~ is expanded.
     """
-    path = expanded(name)
+    path = expand_user(name)
     for folder in (path, path / "model"):
         if holds_model(folder):
             return str(folder)

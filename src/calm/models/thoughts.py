@@ -31,7 +31,7 @@ THOUGHT = -1
 """Placeholder for the tokens of a thought in a sequence of token ids."""
 THOUGHTS_AT_ONCE = 8
 """Most thoughts, one forward pass each, to run before other requests on the model get their turn."""
-_SCALES = Range(0, 1e9, has_least=False)
+_SCALES = Range(0, 1e9, includes_low=False)
 _EPS = 1e-12  # Keeps a zero state finite when it is rescaled.
 Filling = Literal["state", "pause"]
 
@@ -248,7 +248,7 @@ def read_positions(
         if thinking.is_thought_BC[:, start].any():
             if last_BD is None:
                 raise ValueError("a row cannot begin with a thought: there is no earlier state to read.")
-            thought_BD = scaled(last_BD[:, : part_BcD.shape[-1]], thinking.scale).to(part_BcD.dtype)
+            thought_BD = rescale(last_BD[:, : part_BcD.shape[-1]], thinking.scale).to(part_BcD.dtype)
             first_BD = torch.where(thinking.is_thought_BC[:, start, None], thought_BD, part_BcD[:, 0])
             part_BcD = torch.cat([first_BD.unsqueeze(1), part_BcD[:, 1:]], dim=1)
         part_mask = None if mask is None else mask[:, : num_cached + end]
@@ -263,8 +263,8 @@ def read_positions(
     return torch.cat(states, dim=1)
 
 
-def scaled(states_PD: Tensor, scale: float | None) -> Tensor:
-    """States as they are fed back: rescaled to this root mean square, or unchanged if it is None."""
+def rescale(states_PD: Tensor, scale: float | None) -> Tensor:
+    """Rescale states to a root mean square before they are fed back; None leaves them unchanged."""
     if scale is None:
         return states_PD
     wide_PD = states_PD.float() if states_PD.dtype in (torch.float16, torch.bfloat16) else states_PD

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from calm.models.attention import QK_NORM, has_qk_norm, norm_queries_and_keys, projected, rotated
+from calm.models.attention import QK_NORM, add_qk_norm, apply_rotary, has_qk_norm, project_qkv
 
 Memory = list[tuple[Tensor, Tensor]]
 """Keys and values of each layer for the earlier tokens of a window, (M, H, W, d)."""
@@ -30,7 +30,7 @@ class TokenLayer(LlamaDecoderLayer):
 
     def __init__(self, config: LlamaConfig, index: int, sink: bool = True) -> None:
         super().__init__(config, index)
-        norm_queries_and_keys(self, config, index)
+        add_qk_norm(self, config, index)
         shape = (num_key_value_heads(config), 1, head_size(config))
         for name in ("sink_key", "sink_value"):
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)) if sink else None)
@@ -58,9 +58,10 @@ class TokenLayer(LlamaDecoderLayer):
         width = cos_1Wd.shape[1]
         query_MGWd, keys, values = (
             heads.unflatten(0, (-1, width)).transpose(1, 2)
-            for heads in projected(attention, self.input_layernorm(x_XD))
+            for heads in project_qkv(attention, self.input_layernorm(x_XD))
         )
-        query_MGWd, keys = rotated(query_MGWd, cos_1Wd, sin_1Wd), rotated(keys, cos_1Wd, sin_1Wd)
+        query_MGWd = apply_rotary(query_MGWd, cos_1Wd, sin_1Wd)
+        keys = apply_rotary(keys, cos_1Wd, sin_1Wd)
         if earlier is not None:
             keys = torch.cat([earlier[0].to(keys.dtype), keys], dim=2)
             values = torch.cat([earlier[1].to(values.dtype), values], dim=2)
@@ -165,8 +166,8 @@ def layer_sizes(config: LlamaConfig) -> dict[str, Any]:
     return sizes | ({QK_NORM: True} if has_qk_norm(config) else {})
 
 
-def weights_of_layer(config: LlamaConfig) -> int:
-    """Multiply-adds of a layer at one position, excluding attention scores."""
+def num_layer_weights(config: LlamaConfig) -> int:
+    """Weights in the matrices of a layer, which is also its multiply-adds per position without attention."""
     queries = config.num_attention_heads * head_size(config)
     keys = num_key_value_heads(config) * head_size(config)
     return config.hidden_size * (2 * queries + 2 * keys + 3 * config.intermediate_size)
@@ -174,7 +175,7 @@ def weights_of_layer(config: LlamaConfig) -> int:
 
 def multiply_adds_of_layer(config: LlamaConfig, num_keys: int) -> int:
     """Multiply-adds of a layer at one position that attends to `num_keys` keys."""
-    return weights_of_layer(config) + 2 * num_keys * config.num_attention_heads * head_size(config)
+    return num_layer_weights(config) + 2 * num_keys * config.num_attention_heads * head_size(config)
 
 
 def num_key_value_heads(config: LlamaConfig) -> int:

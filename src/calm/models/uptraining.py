@@ -89,8 +89,8 @@ class SpecialTokens(Protocol):
         """Number of tokens."""
 
 
-class TokensOfConfig:
-    """Stand-in for a tokenizer when only the model's configuration is available, for counting and planning.
+class PlaceholderTokenizer:
+    """The special tokens of a model whose tokenizer is not at hand, for counting and planning.
 
     Args:
         config: The configuration.

@@ -15,7 +15,7 @@ WORKSPACE, GRADIENTS = "workspace", "gradients"
 _INDEX, _DEVICE = torch.ops.aten.index.Tensor, torch.ops.prim.device.default
 
 
-class EveryPosition(TorchDispatchMode):
+class AssumeTrueMasks(TorchDispatchMode):
     """Evaluates `x[mask]` as if the mask were all true, since the values of fake tensors are unknown."""
 
     def __torch_dispatch__(

@@ -13,7 +13,7 @@ USABLE = 0.92
 """Share of a card's memory that a run can use: the rest is for the CUDA context, buffers of NCCL and cuBLAS,
 and fragmentation of torch's allocator. An assumption."""
 COUNTS = Range(1, 100_000)
-FIGURES = Range(0, 10**9, has_least=False)
+FIGURES = Range(0, 10**9, includes_low=False)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ CARDS: dict[str, Device] = dict(
 
 
 @dataclass(frozen=True)
-class Numbers:
+class CardFigures:
     """The figures of a card, or those that override the table's; None for those not given.
 
     Args:
@@ -120,7 +120,7 @@ class Numbers:
         """The figures that are given."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
-    def of(self, device: Device) -> Device:
+    def apply_to(self, device: Device) -> Device:
         """A card with these figures in place of its own."""
         given = self.given()
         units = {"memory": 2**30, "bandwidth": 1e9, "watts": 1}
@@ -130,12 +130,12 @@ class Numbers:
         return dataclasses.replace(device, **changes)
 
 
-def devices_of(text: str, numbers: Numbers) -> Devices:
+def devices_of(text: str, figures: CardFigures) -> Devices:
     """Parse the devices that the user names.
 
     Args:
         text: "8xH100", "H100", or a count of cards whose figures are given.
-        numbers: Those figures; with a named card, they override its own.
+        figures: The figures; those of a named card are overridden.
 
     Raises:
         InputError: If there is no such card, or figures are missing.
@@ -145,18 +145,18 @@ def devices_of(text: str, numbers: Numbers) -> Devices:
     number = 1 if count is None else int(count)
     COUNTS.require("the number of devices", number)
     if name:
-        return Devices(number, numbers.of(_find_card(name)))
+        return Devices(number, figures.apply_to(_find_card(name)))
     if count is None:
         raise InputError(
             f"--devices takes a count and a card, such as 8xH100, or a count; got {shown(text)}."
         )
-    missing = [f"--{name}" for name in dataclasses.asdict(numbers) if name not in numbers.given()]
+    missing = [f"--{name}" for name in dataclasses.asdict(figures) if name not in figures.given()]
     if missing:
         raise InputError(
             f"--devices {count} names no card: add {', '.join(missing)}, or one of {', '.join(CARDS)} as in "
             f"{count}xH100."
         )
-    return Devices(number, numbers.of(Device("card in numbers", 0, 0, 0, 0, 0)))
+    return Devices(number, figures.apply_to(Device("card in numbers", 0, 0, 0, 0, 0)))
 
 
 def _find_card(name: str) -> Device:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
 from calm.errors import InputError
-from calm.planning.alive import GRADIENTS, WORKSPACE, AliveBytes, EveryPosition
+from calm.planning.alive import GRADIENTS, WORKSPACE, AliveBytes, AssumeTrueMasks
 from calm.planning.as_gpu import AsGpu
 from calm.planning.stages import PlannedStage
 from calm.training.optimizers import build_optimizer
@@ -216,7 +216,7 @@ class Footprint:
             network.train()
             batch = stage.batch(blocks)
             alive.label(batch, BATCH)
-            with EveryPosition():
+            with AssumeTrueMasks():
                 with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
                     loss = stage.loss(batch)
                 alive.label_rest(ACTIVATIONS)
@@ -279,19 +279,19 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def largest_that_fits(bytes_for: Callable[[int], int], limit: float, most: int) -> int:
-    """The largest number up to `most` that needs at most `limit` bytes, by interpolation; 0 if there is none.
+def largest_that_fits(bytes_for: Callable[[int], int], limit: float, maximum: int) -> int:
+    """The largest number up to `maximum` that fits in `limit` bytes, by interpolation; 0 if there is none.
 
     Args:
         bytes_for: Bytes that a number needs; increasing and nearly linear.
         limit: Available bytes.
-        most: The largest useful number.
+        maximum: The largest useful number.
     """
     if bytes_for(1) > limit:
         return 0
-    if bytes_for(most) <= limit:
-        return most
-    fits, fails = 1, most
+    if bytes_for(maximum) <= limit:
+        return maximum
+    fits, fails = 1, maximum
     while fails - fits > 1:
         rise = (bytes_for(fails) - bytes_for(fits)) / (fails - fits)
         guess = fits + int((limit - bytes_for(fits)) / rise)

@@ -23,18 +23,18 @@ from calm.errors import InputError, reason_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.configuration import CalmConfig
 from calm.models.loading import load_config
-from calm.models.missing import look_for
+from calm.models.missing import check_model_exists
 from calm.models.shipped import folder_of
 from calm.models.tokens import LlamaForCausalLM
 from calm.training.adapters import with_adapters
 from calm.training.build import model_config
 from calm.training.check import check_chunk_size, check_steps
-from calm.training.continuing import completed
+from calm.training.continuing import with_inherited_parts
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.ranges import check_ranges
 from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.sharding import check_sharding
-from calm.training.teacher import Teacher, check_teacher, config_of_teacher, layer_of
+from calm.training.teacher import Teacher, check_teacher, layer_of, teacher_config
 
 # For packed blocks, transformers inspects the positions and skips the mask. The values of fake positions are
 # unknown, so this attention never has a mask.
@@ -134,7 +134,7 @@ def stages_of(
     check_ranges(recipe)
     if isinstance(recipe, FinetuningRecipe):
         return [_finetuning(recipe, devices)]
-    recipe = completed(recipe)
+    recipe = with_inherited_parts(recipe)
     check_block_size(recipe.data.context, recipe.chunk_size)
     check_chunk_size(recipe)
     if recipe.language_model.sharded:
@@ -153,7 +153,7 @@ def stages_of(
         recipe.language_model.training, "language_model.training", recipe.data.context, devices
     )
     sharded: dict[str, Any] = {"can_be_sharded": True, "is_sharded": recipe.language_model.sharded}
-    is_new = recipe.language_model.init_from is None or recipe.language_model.teacher.takes_part
+    is_new = recipe.language_model.init_from is None or recipe.language_model.teacher.is_used
     network = network_of(config, is_new=is_new)
     teacher = _teacher_of(recipe, network, settings)
     stages.append(PlannedStage("language model", network, settings, teacher=teacher, **sharded, **shared))
@@ -163,7 +163,7 @@ def stages_of(
 def _teacher_of(recipe: Recipe, network: PreTrainedModel, settings: TrainingSettings) -> Teacher | None:
     """The recipe's teacher, on the meta device, if it has one."""
     check_teacher(recipe, network)
-    if (config := config_of_teacher(recipe)) is None:
+    if (config := teacher_config(recipe)) is None:
         return None
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     teacher = nn.Module.to(network_of(config), dtype).eval()
@@ -178,7 +178,7 @@ def _teacher_of(recipe: Recipe, network: PreTrainedModel, settings: TrainingSett
 def _finetuning(recipe: FinetuningRecipe, devices: int) -> PlannedStage:
     if not recipe.model:
         raise InputError('the recipe names no model to fine-tune; pass --settings \'{"model": "FOLDER"}\'.')
-    look_for(recipe.model)
+    check_model_exists(recipe.model)
     network = network_of(load_config(Path(folder_of(recipe.model))))
     context = recipe.examples.context
     check_block_size(context, getattr(network.config, "chunk_size", 1))

@@ -13,7 +13,7 @@ from calm.quantities import duration, short
 from calm.report.figures import write_figures
 from calm.report.measured import NATS, AblationTable, Outcome
 from calm.report.tables import costs_exclude, print_narrow, with_error
-from calm.storage.disk import write_file_whole
+from calm.storage.disk import write_atomically
 
 
 def print_ablation(table: AblationTable) -> None:
@@ -41,7 +41,7 @@ def write_ablation(table: AblationTable, path: Path) -> None:
     summary = "<summary>What is common to all runs</summary>"
     recipe = f"<details>\n{summary}\n\n```yaml\n{table.recipe}```\n\n</details>"
     parts = [_plain(table.question), words, body, note, recipe]
-    write_file_whole(path, "\n\n".join(filter(None, parts)) + "\n")
+    write_atomically(path, "\n\n".join(filter(None, parts)) + "\n")
     # No date, so that the table of the same runs is always the same file.
     figures = {name: value for name, value in asdict(table).items() if name not in ("recipe", "provenance")}
     write_figures(figures, path.with_suffix(".json"))

@@ -8,7 +8,7 @@ from typing import Any
 from calm.quantities import short
 from calm.report.palette import LIGHT
 
-_MOST_TICKS = 5
+_MAX_TICKS = 5
 _MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼"}
 _DASHES = ((5, 2), (1, 1.5), (5, 2, 1, 2))
 
@@ -62,7 +62,7 @@ def spread_x(axis: Any, label: str, *, from_zero: bool) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis.set_xlabel(label)
-    axis.xaxis.set_major_locator(MaxNLocator(_MOST_TICKS))
+    axis.xaxis.set_major_locator(MaxNLocator(_MAX_TICKS))
     if from_zero:  # Otherwise, neighbouring ticks may only differ in their fourth digit.
         axis.set_xlim(0, 1.05 * axis.dataLim.xmax)
         axis.xaxis.set_major_formatter(
@@ -88,7 +88,7 @@ def ticks_around(low: float, high: float) -> list[float]:
     fine = [digit * 10.0**power for power in range(first, last + 1) for digit in (1, 2, 5)]
     begin = max(i for i, tick in enumerate(fine) if tick <= low)
     end = min(i for i, tick in enumerate(fine) if tick >= high)
-    if end - begin <= _MOST_TICKS:
+    if end - begin <= _MAX_TICKS:
         return fine[begin : end + 1]
-    step = math.ceil((last - first) / _MOST_TICKS)
+    step = math.ceil((last - first) / _MAX_TICKS)
     return [10.0**power for power in range(first, last + step, step)]

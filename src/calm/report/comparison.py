@@ -12,7 +12,7 @@ from calm.evaluation.brier import BrierResult
 from calm.quantities import duration, short
 from calm.report.figures import write_figures
 from calm.report.measured import Comparison, ModelResult
-from calm.report.names import named
+from calm.report.names import with_names
 from calm.report.pages import Table, page_of
 from calm.report.panels import Panel, Picture, picture_of, write_png
 from calm.report.plots import (
@@ -25,7 +25,7 @@ from calm.report.plots import (
 )
 from calm.report.run import brier_figure
 from calm.report.tables import BRIER_COLUMNS, cells_of, costs_exclude, print_narrow, spaced, with_error
-from calm.storage.disk import write_file_whole
+from calm.storage.disk import write_atomically
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
     for name, title, text, panels in _plots(comparison):
         write_png(panels, path.with_name(f"{path.stem}_{name}.png"))
         groups.append(_Group(title, text, [picture_of(panel, legend=False) for panel in panels]))
-    models = named(comparison)
+    models = with_names(comparison)
     names = [name for name, _ in models]
     page = page_of(
         "comparison.html",
@@ -82,7 +82,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
         temperature=f"{comparison.temperature:g}",
         recipes=[(name, result.recipe) for name, result in models if result.recipe is not None],
     )
-    write_file_whole(path, page)
+    write_atomically(path, page)
 
 
 def _plots(comparison: Comparison) -> list[tuple[str, str, list[str], list[Panel]]]:
@@ -175,7 +175,7 @@ def _json_fields(items: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _exclusions(comparison: Comparison) -> list[str]:
-    return costs_exclude((name, result.excluded) for name, result in named(comparison))
+    return costs_exclude((name, result.excluded) for name, result in with_names(comparison))
 
 
 def _table_of_costs(comparison: Comparison, names: Sequence[str]) -> Table:

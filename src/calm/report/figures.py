@@ -10,12 +10,12 @@ from calm.evaluation.brier import BrierResult
 from calm.evaluation.held_out import Scorecard
 from calm.evaluation.perplexity import PerplexityResult
 from calm.flops import Cost, CostOfThoughts
-from calm.storage.disk import write_file_whole
+from calm.storage.disk import write_atomically
 
 
 def write_figures(values: dict[str, Any], path: Path) -> None:
     """Write figures as JSON, with null for NaN and infinity."""
-    write_file_whole(path, as_json(values) + "\n")
+    write_atomically(path, as_json(values) + "\n")
 
 
 def as_json(values: dict[str, Any]) -> str:

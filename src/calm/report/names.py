@@ -31,6 +31,6 @@ def names_of(results: Sequence[ModelResult]) -> list[str]:
     ]
 
 
-def named(comparison: Comparison) -> list[tuple[str, ModelResult]]:
+def with_names(comparison: Comparison) -> list[tuple[str, ModelResult]]:
     """The models of a comparison, with their names."""
     return list(zip(names_of(comparison.results), comparison.results, strict=True))

@@ -58,7 +58,7 @@ DARK = Palette(
 )
 
 
-def darkened(drawing: str) -> str:
+def for_dark_mode(drawing: str) -> str:
     """Replace the colours of `LIGHT` in a drawing with those of `DARK`."""
     dark_of = dict(zip(LIGHT.colours.values(), DARK.colours.values(), strict=True))
     return re.sub(r"#[0-9a-f]{6}\b", lambda match: dark_of.get(match[0], match[0]), drawing)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from calm.extras import require
-from calm.report.palette import LIGHT, darkened
+from calm.report.palette import LIGHT, for_dark_mode
 
 _WIDTH, _HEIGHT = 4.2, 2.9  # Inches per panel, which is about its size on a phone.
 _STYLE: Any = {
@@ -104,7 +104,7 @@ def picture_of(panel: Panel, *, legend: bool = True) -> Picture:
         figure.savefig(file, format="svg", metadata={"Date": None})
     light, dark = (
         f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
-        for svg in (file.getvalue(), darkened(file.getvalue()))
+        for svg in (file.getvalue(), for_dark_mode(file.getvalue()))
     )
     width, height = (round(96 * inches) for inches in figure.get_size_inches())
     return Picture(panel.title, light, dark, width, height)

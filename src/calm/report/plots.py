@@ -18,7 +18,7 @@ from calm.report.axes import (
     spread_x,
 )
 from calm.report.measured import Comparison, ModelResult
-from calm.report.names import named
+from calm.report.names import with_names
 from calm.report.palette import LIGHT
 from calm.report.panels import Panel
 
@@ -82,7 +82,7 @@ def cost_panels(comparison: Comparison) -> list[Panel]:
 def _draw_cost(comparison: Comparison, cost: _Cost, axis: Any) -> None:
     metric, costs = metric_of(comparison), []
     draw_floors(axis, {name: floor.as_metrics()[metric] for name, floor in comparison.floors.items()})
-    for number, (name, result) in enumerate(named(comparison)):
+    for number, (name, result) in enumerate(with_names(comparison)):
         if not (x := cost.of(result)):
             continue
         brier, style = result.card.brier, series_style(number)
@@ -116,7 +116,7 @@ def collision_panels(comparison: Comparison) -> list[Panel]:
 
 
 def _draw_collisions(comparison: Comparison, order: int, axis: Any) -> None:
-    for number, (name, result) in enumerate(named(comparison)):
+    for number, (name, result) in enumerate(with_names(comparison)):
         points = [(100 * p.collisions[order - 1], 100 * p.hits[order - 1]) for p in result.temperature_points]
         style = series_style(number)
         axis.plot(*zip(*points, strict=True), label=name, **style)
@@ -127,7 +127,7 @@ def _draw_collisions(comparison: Comparison, order: int, axis: Any) -> None:
 
 def legend_of(comparison: Comparison) -> list[Entry]:
     """The legend shared by all panels of a comparison."""
-    models = enumerate(name for name, _ in named(comparison))
+    models = enumerate(name for name, _ in with_names(comparison))
     floors = enumerate(comparison.floors)
     return [*(entry_of_series(*model) for model in models), *(entry_of_floor(*floor) for floor in floors)]
 
@@ -142,7 +142,7 @@ def cross_entropy_panels(comparison: Comparison) -> list[Panel]:
 def correlations(comparison: Comparison) -> list[str]:
     """A sentence per run on how BrierLM and cross-entropy correlate over checkpoints, if it has both."""
     sentences = []
-    for name, result in named(comparison):
+    for name, result in with_names(comparison):
         if points := _cross_entropies(result):
             correlation = statistics.correlation(*zip(*points, strict=True))
             sentences.append(f"{name}: correlation {correlation:.3f} over {len(points)} checkpoints.")
@@ -150,7 +150,7 @@ def correlations(comparison: Comparison) -> list[str]:
 
 
 def _draw_cross_entropies(comparison: Comparison, axis: Any) -> None:
-    for number, (name, result) in enumerate(named(comparison)):
+    for number, (name, result) in enumerate(with_names(comparison)):
         if points := _cross_entropies(result):
             axis.plot(*zip(*points, strict=True), linestyle="", label=name, **series_style(number))
     spread_x(axis, "cross-entropy (nats per token)", from_zero=False)

@@ -12,7 +12,7 @@ from calm.report.facts import RunFacts
 from calm.report.pages import Figure, Table, page_of
 from calm.report.panels import picture_of
 from calm.report.tables import BRIER_COLUMNS, caption_of, cells_of, rows_of, spaced
-from calm.storage.disk import read_json, write_file_whole
+from calm.storage.disk import read_json, write_atomically
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def write_report(path: Path, report: RunReport) -> None:
         samples=report.samples,
         recipe=report.recipe,
     )
-    write_file_whole(path, page)
+    write_atomically(path, page)
 
 
 def read_history(path: Path) -> History:

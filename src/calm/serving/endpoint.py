@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from calm.errors import InputError
-from calm.models.context import check_room, longest_context, room_beside
+from calm.models.context import check_room, longest_context, remaining_context
 from calm.models.thoughts import Thoughts, num_tokens_of
 from calm.serving.engine import Engine
 from calm.serving.errors import ApiError, error_at, quoted
@@ -272,7 +272,7 @@ class Endpoint:
 
     def room_after(self, prompt: Sequence[int], thoughts: Thoughts | None) -> int | None:
         """New tokens that fit after a prompt and its thoughts; None if there is no limit."""
-        return room_beside(self.config, len(prompt) + num_tokens_of(thoughts, self.config))
+        return remaining_context(self.config, len(prompt) + num_tokens_of(thoughts, self.config))
 
 
 def _max_characters(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -33,7 +33,7 @@ async def describe_pool(
         ApiError: If the request cannot be served, or takes too long.
     """
     endpoint.check_name(request.model)
-    num_draws = request.num_draws or min(settings.draws, settings.max_draws)
+    num_draws = request.num_draws or settings.draws
     if num_draws > settings.max_draws:
         raise ApiError(f"'num_draws' must be at most {settings.max_draws}.", param="num_draws")
     _check_temperatures(request.temperatures, num_draws)
@@ -47,7 +47,7 @@ async def describe_pool(
                 prompt,
                 num_draws=num_draws,
                 temperatures=request.temperatures,
-                most=request.most,
+                max_candidates=request.most,
                 chunk=request.chunk,
                 seed=seed,
                 thoughts=thoughts,

@@ -79,7 +79,6 @@ def run_server(
         name=name or Path(model).resolve().name,
         api_key=key,
         temperature=temperature,
-        draws=draws,
         allowed_hosts=[*allowed_hosts, *([host] if is_host_name(host) else [])],
         **limits,
     )

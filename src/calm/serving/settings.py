@@ -12,7 +12,7 @@ class ServerSettings:
         name: The model's name in requests.
         api_key: Key that requests must send; None for no key.
         temperature: Default temperature: the API's, whereas `calm serve` has that of the other commands.
-        draws: Default number of draws per chunk.
+        draws: Default number of draws per chunk; lowered to `max_draws` if that is less.
         max_rows: Texts generated at once.
         max_waiting: Texts that may wait in the queue; more are refused with 429.
         max_tokens: Maximum new tokens per text.
@@ -60,3 +60,6 @@ class ServerSettings:
     template_seconds: float = 5.0
     seconds: float = 300.0
     allowed_hosts: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "draws", min(self.draws, self.max_draws))

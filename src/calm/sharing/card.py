@@ -11,12 +11,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from calm.flops import Work, cost_of
 from calm.hub.connection import is_hub_name
-from calm.hub.gguf import on_hub
+from calm.hub.gguf import as_hub_file
 from calm.models.configuration import CalmConfig
 from calm.models.language_model import language_model
 from calm.models.shipped import shipped_models
 from calm.quantities import short
-from calm.storage.disk import expanded
+from calm.storage.disk import expand_user
 from calm.training.recipe_files import RECIPE
 
 CARD = "README.md"
@@ -110,8 +110,8 @@ def public_name(source: str) -> str:
 
     A run's model is shown by the name of the run.
     """
-    path = expanded(source)
-    if not path.exists() and (is_hub_name(source.partition(":")[0]) or on_hub(source) is not None):
+    path = expand_user(source)
+    if not path.exists() and (is_hub_name(source.partition(":")[0]) or as_hub_file(source) is not None):
         return source
     path = path.resolve()
     return path.parent.name if path.name == "model" and path.parent.name else path.name
@@ -121,7 +121,7 @@ def repository_of(name: str) -> str | None:
     """The hub repository that a model name refers to; None if the model is local or not a hub name."""
     if Path(name).exists() or name in shipped_models():
         return None
-    file = on_hub(name)
+    file = as_hub_file(name)
     repository = name if file is None else file.repository
     return repository if is_hub_name(repository) else None
 

@@ -8,7 +8,7 @@ from calm.errors import InputError, reason_of
 from calm.sharing.card import CARD, MARK, CardDetails
 from calm.sharing.finetuned import card_of_finetuning
 from calm.sharing.trained import card_of_training
-from calm.storage.disk import write_file_whole
+from calm.storage.disk import write_atomically
 from calm.training.recipe_files import RECIPE
 
 
@@ -55,7 +55,7 @@ def write_card(
         )
     else:
         text = card_of_finetuning(run, details)
-    write_file_whole(path, text)
+    write_atomically(path, text)
     return path
 
 

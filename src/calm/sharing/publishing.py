@@ -9,11 +9,11 @@ import torch
 from huggingface_hub import HfApi
 
 from calm.errors import InputError, RunError, reason_of
-from calm.hub.connection import is_hub_name, unreachable
+from calm.hub.connection import is_hub_name, why_unreachable
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.sharing.card import CARD, recipe_text
-from calm.storage.disk import write_file_whole
-from calm.storage.folders import check_output, written_whole
+from calm.storage.disk import write_atomically
+from calm.storage.folders import atomic_folder, check_output
 from calm.training.recipe_files import RECIPE
 
 
@@ -51,14 +51,14 @@ def export(folder: Path, target: Path, dtype: str) -> None:
     """
     check_export(target, dtype)
     model, tokenizer = load_language_model_and_tokenizer(str(folder))
-    with written_whole(target) as partial:
+    with atomic_folder(target) as partial:
         torch.nn.Module.to(model, getattr(torch, dtype))
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         config = json.loads((partial / "config.json").read_text(encoding="utf-8"))
-        write_file_whole(partial / "config.json", json.dumps(_in_float32(config), indent=2) + "\n")
+        write_atomically(partial / "config.json", json.dumps(_in_float32(config), indent=2) + "\n")
         shutil.copyfile(folder / CARD, partial / CARD)
-        write_file_whole(partial / RECIPE, recipe_text(folder / RECIPE))
+        write_atomically(partial / RECIPE, recipe_text(folder / RECIPE))
 
 
 def _in_float32(config: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def check_push(repository: str) -> None:
     """
     if "/" not in repository or not is_hub_name(repository):
         raise InputError(f"'{repository}' is not a repository name on the hub; give OWNER/NAME.")
-    if (reason := unreachable()) is not None:
+    if (reason := why_unreachable()) is not None:
         raise RunError(f"'{repository}' could not be uploaded ({reason}); check the network and try again.")
 
 

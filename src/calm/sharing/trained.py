@@ -17,7 +17,7 @@ from calm.training.blocks import block_settings
 from calm.training.opening import prepare_text
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import RECIPE, read_recipe
-from calm.training.teacher import read_facts_of_teacher
+from calm.training.teacher import read_teacher_facts
 
 
 def card_of_training(run: Path, details: CardDetails, ngrams: list[int], num_blocks: int | None) -> str:
@@ -72,7 +72,7 @@ def _training(run: Path, recipe: Recipe, config: PreTrainedConfig) -> str:
         f"Language model: {training.steps:,} steps of {training.batch_tokens:,} tokens, in blocks of "
         f"{recipe.data.context}, with {training.optimizer.name}."
     )
-    if (teacher := read_facts_of_teacher(run)) is not None:
+    if (teacher := read_teacher_facts(run)) is not None:
         teacher = replace(teacher, model=public_name(teacher.model))
         settings = recipe.language_model.teacher
         states = f", states {settings.states:g}" if settings.states else ""

@@ -47,7 +47,7 @@ def find_damage(folder: Path) -> list[str]:
         return [problem for problem in problems if problem]
 
 
-def check_as_written(folder: Path) -> None:
+def check_intact(folder: Path) -> None:
     """Check that the files of a folder are as they were written; a folder without checksums passes.
 
     Raises:
@@ -64,21 +64,21 @@ def check_as_written(folder: Path) -> None:
         )
 
 
-def mark(file: Path) -> None:
-    """Write a file's checksum beside it, for `is_marked`."""
-    _mark_of(file).write_text(json.dumps(_describe(file)) + "\n", encoding="utf-8")
+def write_file_checksum(file: Path) -> None:
+    """Write the checksum of a single file beside it."""
+    _checksum_file_of(file).write_text(json.dumps(_describe(file)) + "\n", encoding="utf-8")
 
 
-def is_marked(file: Path) -> bool:
-    """Whether a file is unchanged since it was marked; False if it never was."""
+def matches_checksum(file: Path) -> bool:
+    """Whether a file is as `write_file_checksum` found it; False without a checksum."""
     try:
-        recorded = json.loads(_mark_of(file).read_text(encoding="utf-8"))
+        recorded = json.loads(_checksum_file_of(file).read_text(encoding="utf-8"))
         return bool(recorded == _describe(file))
     except (OSError, ValueError, RecursionError):
         return False
 
 
-def _mark_of(file: Path) -> Path:
+def _checksum_file_of(file: Path) -> Path:
     return file.with_name(f"{file.name}.sum")
 
 

@@ -20,7 +20,7 @@ _MAX_NAME_LENGTH = 50  # Characters, of up to 4 bytes each; file systems allow 2
 Value = TypeVar("Value", dict, list)
 
 
-def expanded(name: str) -> Path:
+def expand_user(name: str) -> Path:
     """A path with ~ expanded to the home folder."""
     try:
         return Path(name).expanduser()
@@ -100,13 +100,13 @@ def _values_of(path: Path, kind: type[Value], parts_of: Callable[[str], list[str
     return values
 
 
-def write_file_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write a file atomically, so that a kill leaves its old or its new contents; a link stays a link."""
-    write_lines_whole(path, [text])
+    write_lines_atomically(path, [text])
 
 
-def write_lines_whole(path: Path, lines: Iterable[str]) -> None:
-    """Like `write_file_whole`, for lines that need not fit in memory together.
+def write_lines_atomically(path: Path, lines: Iterable[str]) -> None:
+    """Like `write_atomically`, for lines that need not fit in memory together.
 
     Until it is complete, the file has a unique name, so that no other file beside it is overwritten.
 

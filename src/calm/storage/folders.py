@@ -10,7 +10,7 @@ from pathlib import Path
 
 from calm.errors import InputError
 from calm.storage.checksums import write_checksums
-from calm.storage.disk import disk_errors, expanded
+from calm.storage.disk import disk_errors, expand_user
 from calm.storage.locks import locked
 from calm.storage.ours import FolderKind, check_replaceable
 
@@ -40,15 +40,15 @@ def check_output(path: Path, replaces: FolderKind | None, ignored: Collection[st
     check_replaceable(path, replaces)
 
 
-def check_spared(output: Path, needed: Sequence[str]) -> None:
+def check_inputs_outside(output: Path, inputs: Sequence[str]) -> None:
     """Raise InputError if anything that a command reads is inside the folder that it replaces.
 
     Args:
         output: The folder.
-        needed: Paths, where ~ is the home folder; names that are not existing paths are ignored.
+        inputs: Paths, where ~ is the home folder; names that are not existing paths are ignored.
     """
-    for name in needed:
-        paths = [path.resolve() for path in (Path(name), expanded(name)) if path.exists()]
+    for name in inputs:
+        paths = [path.resolve() for path in (Path(name), expand_user(name)) if path.exists()]
         if any(output.resolve() in (path, *path.parents) for path in paths):
             raise InputError(
                 f"'{name}' lies in the output folder '{output}', where it would be replaced; choose another "
@@ -73,7 +73,7 @@ def check_file(path: Path, overwrite: bool) -> None:
         raise InputError(f"'{path}' exists; choose another --output or pass --overwrite.")
 
 
-def work_of(output: Path) -> Path:
+def work_path(output: Path) -> Path:
     """The folder that keeps unfinished work for a prepared folder."""
     return output.with_name(f".{output.name}.work")
 
@@ -164,7 +164,7 @@ def _remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def written_whole(path: Path, replaces: FolderKind | None = None) -> Iterator[Path]:
+def atomic_folder(path: Path, replaces: FolderKind | None = None) -> Iterator[Path]:
     """Provide a folder to write in, which becomes `path` when the block ends without an error.
 
     Until then nothing at `path` is touched, and after an error nothing is left behind.
@@ -229,7 +229,7 @@ def _put_in_place(partial: Path, path: Path, replaced: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def free_name(path: Path) -> Path:
+def unused_path(path: Path) -> Path:
     """The path if nothing exists there, else the first free one of NAME-2, NAME-3 and so on."""
     others = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
     return next(name for name in itertools.chain([path], others) if not name.exists())

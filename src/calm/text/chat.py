@@ -17,13 +17,15 @@ ASSISTANT = "assistant"
 _PLACEHOLDER = "\ue0f4"  # Stands for an answer, to see what a template puts after one.
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], *, to_answer: bool) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool
+) -> str:
     """Render a conversation with the template, marking the plain text in it (see `calm.text.encoding`).
 
     Args:
         tokenizer: The tokenizer, with a chat template.
         messages: Messages, each with `role` and `content`.
-        to_answer: Whether to add the prompt for an answer of the assistant.
+        add_generation_prompt: Whether to add the prompt for an answer of the assistant.
 
     Raises:
         InputError: If the template rejects the messages.
@@ -32,7 +34,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]
         text = tokenizer.apply_chat_template(
             marks_of(tokenizer).mark(list(messages)),
             tokenize=False,
-            add_generation_prompt=to_answer,
+            add_generation_prompt=add_generation_prompt,
         )
     except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
         raise InputError(f"the chat template does not accept these messages ({reason_of(error)}).") from error
@@ -46,7 +48,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str,
     Raises:
         InputError: If the template rejects the messages.
     """
-    return encode_rendering(tokenizer, render(tokenizer, messages, to_answer=True))
+    return encode_rendering(tokenizer, render(tokenizer, messages, add_generation_prompt=True))
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]] = ()) -> str:
@@ -60,7 +62,9 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str,
     if tokenizer.chat_template is None:
         return ""
     try:
-        text = render(tokenizer, [*question, {"role": ASSISTANT, "content": _PLACEHOLDER}], to_answer=False)
+        text = render(
+            tokenizer, [*question, {"role": ASSISTANT, "content": _PLACEHOLDER}], add_generation_prompt=False
+        )
     except InputError:
         return ""
     return text.partition(_PLACEHOLDER)[2] if text.count(_PLACEHOLDER) == 1 else ""

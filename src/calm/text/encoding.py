@@ -29,7 +29,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -
     A tokenizer that ends every text (`<s> $A </s>`) does not end these: a prompt will be continued, and
     documents get their EOS when they are laid out in blocks.
     """
-    begin = beginning_of(tokenizer)
+    begin = bos_ids(tokenizer)
     return [[*begin, *ids] for ids in _encode(tokenizer, texts)]
 
 
@@ -64,7 +64,7 @@ def marks_of(tokenizer: PreTrainedTokenizerBase) -> Marks:
     return _control_of(tokenizer).marks
 
 
-def beginning_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special token ids that the tokenizer puts in front of a text."""
     for probe in _PROBES:
         encoded = tokenizer(probe, return_special_tokens_mask=True)

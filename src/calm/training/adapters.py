@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from calm.errors import InputError
 from calm.extras import require
-from calm.hub.opening import peft_by_old_names
-from calm.models.blocks import PartedLinear
+from calm.hub.opening import ignore_peft_deprecations
+from calm.models.blocks import SlicedLinear
 from calm.models.language_model import language_model
 from calm.training.finetuning_recipe import LoraSettings
 
@@ -52,7 +52,7 @@ def with_adapters(model: PreTrainedModel, settings: LoraSettings, base: str) -> 
         lora_dropout=settings.dropout,
         target_modules=_linear_layers(model, settings.layers),
     )
-    with peft_by_old_names():
+    with ignore_peft_deprecations():
         adapted: Any = peft.get_peft_model(model, config)
     # Embeddings have no adapters and are never resized here. To check that, peft would look up the base model
     # on the hub, and warn if it is not there.
@@ -70,7 +70,7 @@ def _linear_layers(model: PreTrainedModel, part: str) -> list[str]:
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
-        and not isinstance(module, PartedLinear)
+        and not isinstance(module, SlicedLinear)
         and name.split(".")[0] in prefixes
     ]
 

@@ -16,7 +16,7 @@ from calm.training.trackers import Tracking
 
 
 @dataclass(frozen=True)
-class Stage:
+class TrainingStage:
     """How a network is trained, and where its checkpoints go.
 
     Args:
@@ -51,7 +51,7 @@ class RecipeArguments(TrainingArguments):
 
 
 def training_arguments(
-    stage: Stage, context: int, model: PreTrainedModel, *, is_stream: bool
+    stage: TrainingStage, context: int, model: PreTrainedModel, *, is_stream: bool
 ) -> TrainingArguments:
     """The arguments of the Trainer for a stage.
 

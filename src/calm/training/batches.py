@@ -43,7 +43,7 @@ def collate_tokens(blocks: list[dict[str, Tensor]]) -> dict[str, Any]:
     return batch | {"use_cache": False}
 
 
-def whole_steps(blocks: Sized, blocks_per_step: int) -> RandomSampler:
+def whole_step_sampler(blocks: Sized, blocks_per_step: int) -> RandomSampler:
     """Sample blocks in random order, in whole steps; leftover blocks wait for another epoch.
 
     This way, every step has the same number of tokens, however many processes share it.

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from calm.errors import InputError
 from calm.storage.checksums import find_damage, write_checksums
-from calm.storage.folders import free_name
+from calm.storage.folders import unused_path
 from calm.training.processes import processes
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 @contextlib.contextmanager
-def written_checkpoint(folder: Path, step: int, keep: int, kept_step: int | None = None) -> Iterator[Path]:
+def atomic_checkpoint(folder: Path, step: int, keep: int, kept_step: int | None = None) -> Iterator[Path]:
     """Yield a staging folder for a checkpoint; if the block succeeds, rename it and remove old checkpoints.
 
     A run killed in between leaves nothing that looks like a complete checkpoint. All processes call this
@@ -121,7 +121,7 @@ def _find_intact(folder: Path) -> Path | None:
         problems = problems_of(checkpoint)
         if not problems:
             for newer, damage in damaged.items():
-                renamed = free_name(newer.with_name(f"damaged-{newer.name}"))
+                renamed = unused_path(newer.with_name(f"damaged-{newer.name}"))
                 newer.rename(renamed)
                 logger.warning(
                     "the checkpoint '%s' is damaged (%s); continuing from '%s', the newest intact one. The "

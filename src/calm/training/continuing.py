@@ -16,29 +16,29 @@ from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.missing import resolve_name
 from calm.models.thoughts import unlearn_thoughts
 from calm.training.recipe import Recipe
-from calm.training.teacher import with_tokens_of_teacher
+from calm.training.teacher import with_teacher_tokenizer
 from calm.training.uptraining import (
-    check_tokens,
+    check_tokenizer,
     config_at,
     config_to_uptrain,
     is_token_level,
+    is_uptraining,
     model_to_uptrain,
-    uptrains,
     with_codes,
 )
 
 logger = logging.getLogger(__name__)
 
 
-def completed(recipe: Recipe) -> Recipe:
+def with_inherited_parts(recipe: Recipe) -> Recipe:
     """Add the tokenizer and autoencoder of the model that a recipe starts from, or its teacher's tokenizer.
 
     Raises:
         InputError: If the recipe names others than those of the model.
     """
     if recipe.language_model.init_from is None:
-        return with_tokens_of_teacher(recipe)
-    name, is_uptrained = resolve_name(recipe.language_model.init_from), uptrains(recipe)
+        return with_teacher_tokenizer(recipe)
+    name, is_uptrained = resolve_name(recipe.language_model.init_from), is_uptraining(recipe)
     has_autoencoder = recipe.model == "calm" and not (is_uptrained or recipe.language_model.new_head)
     inherited = {"data": "tokenizer"} | ({"autoencoder": "path"} if has_autoencoder else {})
     for part, setting in inherited.items():
@@ -100,12 +100,12 @@ def model_to_continue(recipe: Recipe, data: PreparedData) -> PreTrainedModel | N
     name = recipe.language_model.init_from
     if config_to_continue(recipe) is None or name is None:
         return None
-    if uptrains(recipe):
+    if is_uptraining(recipe):
         return model_to_uptrain(recipe, data)
     model, tokenizer = load_language_model_and_tokenizer(
         name, dtype=torch.float32, attn_implementation=recipe.language_model.attention
     )
-    check_tokens(name, tokenizer, data)
+    check_tokenizer(name, tokenizer, data)
     check_context(model.config, recipe.data.context)
     unlearn_thoughts(model.config, name, "trained on text")
     if isinstance(model.config, CalmConfig) and not recipe.language_model.new_head:

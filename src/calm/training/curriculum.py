@@ -14,7 +14,7 @@ _ALL = 1 << 30  # More steps than any answer has.
 
 
 @dataclass(frozen=True)
-class Stage:
+class ThoughtStage:
     """How many steps of an answer are left out, and how many thoughts replace them.
 
     Args:
@@ -38,7 +38,7 @@ class Curriculum:
         mix: Probability that an item is trained at an earlier stage.
     """
 
-    stages: tuple[Stage, ...]
+    stages: tuple[ThoughtStage, ...]
     starts: tuple[int, ...]
     mix: float = 0.0
 
@@ -60,7 +60,7 @@ class Curriculum:
             )
         stages = [_stage(settings, number) for number in range(settings.first_stage, settings.stages + 1)]
         if settings.drop_rest:
-            stages.append(Stage(settings.stages + 1, _ALL, stages[-1].thoughts))
+            stages.append(ThoughtStage(settings.stages + 1, _ALL, stages[-1].thoughts))
         lengths = settings.steps_per_stage
         if isinstance(lengths, int):
             lengths = [lengths] * (len(stages) - 1)
@@ -77,7 +77,7 @@ class Curriculum:
             )
         return cls(tuple(stages), starts, settings.mix)
 
-    def at(self, step: int) -> Stage:
+    def at(self, step: int) -> ThoughtStage:
         """The stage of an optimizer step, counted from 0."""
         return self.stages[sum(start <= step for start in self.starts) - 1]
 
@@ -85,7 +85,7 @@ class Curriculum:
         """Whether the stage changes at this step."""
         return step in self.starts[1:]
 
-    def of_item(self, step: int, seed: int, index: int) -> Stage:
+    def of_item(self, step: int, seed: int, index: int) -> ThoughtStage:
         """The stage of an item: that of its step or, with probability `mix`, a random earlier one.
 
         Args:
@@ -101,5 +101,5 @@ class Curriculum:
         return rng.choice(earlier) if rng.random() < self.mix else stage
 
 
-def _stage(settings: ThoughtSettings, number: int) -> Stage:
-    return Stage(number, number, 0 if settings.mode == "drop" else number * settings.per_step)
+def _stage(settings: ThoughtSettings, number: int) -> ThoughtStage:
+    return ThoughtStage(number, number, 0 if settings.mode == "drop" else number * settings.per_step)

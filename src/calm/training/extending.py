@@ -15,7 +15,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from calm.errors import InputError
-from calm.storage.folders import free_name
+from calm.storage.folders import unused_path
 from calm.training.checkpoints import checkpoints_in, remove_checkpoints, step_of
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.optimizers import last_step_at_peak
@@ -68,7 +68,7 @@ def check_more_steps(folder: Path, recorded: Any, recipe: Any) -> None:
         )
 
 
-def extend(folder: Path, recorded: Any, recipe: Any) -> None:
+def extend_run(folder: Path, recorded: Any, recipe: Any) -> None:
     """Prepare the folder of a run for more steps; if killed in between, the run can still be resumed.
 
     Args:
@@ -79,7 +79,7 @@ def extend(folder: Path, recorded: Any, recipe: Any) -> None:
     training, steps = last_stage(recorded), f"{last_stage(recipe).steps:,}"
     for name in _RESULTS:
         if (result := folder / name).exists():
-            renamed = free_name(folder / f"{result.stem}-{training.steps}{result.suffix}")
+            renamed = unused_path(folder / f"{result.stem}-{training.steps}{result.suffix}")
             result.rename(renamed)
             logger.info("'%s' is kept as '%s'", result, renamed.name)
     checkpoints = checkpoints_in(checkpoints_of_last_stage(folder, recipe))

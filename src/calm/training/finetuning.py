@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from calm.data.chunking import check_block_size
-from calm.data.examples import Example, give_template, lay_out, read_examples, split_examples
+from calm.data.examples import Example, lay_out, read_examples, set_chat_template, split_examples
 from calm.evaluation.answers import answer, completions_of, held_out_loss, metric_of_answers
 from calm.evaluation.scorers import scorer_of
 from calm.hub.opening import read_settings
@@ -28,10 +28,10 @@ from calm.models.language_model import language_model
 from calm.models.loading import THOUGHTS, add_eos_ids, is_adapter, load_language_model_and_tokenizer
 from calm.models.shipped import folder_of
 from calm.models.thoughts import unlearn_thoughts
-from calm.storage.disk import write_file_whole
+from calm.storage.disk import write_atomically
 from calm.text.decoding import decode_after
 from calm.training.adapters import check_adapters, merge_adapters, with_adapters
-from calm.training.arguments import Stage
+from calm.training.arguments import TrainingStage
 from calm.training.blocks import Blocks
 from calm.training.check import check_finetuning_recipe
 from calm.training.finetuning_recipe import FinetuningRecipe
@@ -94,7 +94,7 @@ def _load(recipe: FinetuningRecipe) -> tuple[PreTrainedModel, PreTrainedTokenize
     scorer_of(model)  # Examples share blocks as held-out text does, which not every model keeps apart.
     if recipe.thoughts.mode == "none":
         unlearn_thoughts(model.config, recipe.model, "with thoughts.mode none")
-    give_template(tokenizer, recipe.examples.chat_template)
+    set_chat_template(tokenizer, recipe.examples.chat_template)
     add_eos_ids(model, tokenizer)
     check_block_size(recipe.examples.context, language_model(model).chunk_size)
     if recipe.lora.rank:
@@ -185,7 +185,7 @@ def _train(
     set_seed(recipe.seed)
     adapted = with_adapters(model, recipe.lora, recipe.model) if recipe.lora.rank else None
     folder, tracking = run.folder / "checkpoints", tracking_of(run)
-    stage = Stage("model", settings, folder, recipe.seed, is_last=True, tracking=tracking)
+    stage = TrainingStage("model", settings, folder, recipe.seed, is_last=True, tracking=tracking)
     trainer = ChunkTrainer(model, blocks, score, stage, adapted)
     if thinking is not None:
         trained = model if adapted is None else adapted
@@ -200,7 +200,7 @@ def _train(
     after = answers_of(model.eval())
     run.save_history(trainer.state.log_history)
     if processes().is_main_process:
-        write_file_whole(run.folder / ANSWERS, _answers_as_jsonl(to_answer, before, after, tokenizer))
+        write_atomically(run.folder / ANSWERS, _answers_as_jsonl(to_answer, before, after, tokenizer))
     if adapted is not None:
         if not run.has_model("adapter"):
             # Written even if empty, since the base model may have been trained with thoughts.
@@ -250,7 +250,7 @@ def _report_counts(run: Run[FinetuningRecipe], counts: dict[str, int]) -> None:
         f"fit), {counts['held_out']} held out; {settings.steps} steps are {epochs:.1f} epochs"
     )
     recorded = {name: counts[name] for name in ("examples", "shortened", "held_out")}
-    write_file_whole(run.folder / COUNTS, json.dumps(recorded) + "\n")
+    write_atomically(run.folder / COUNTS, json.dumps(recorded) + "\n")
 
 
 def _answers_as_jsonl(

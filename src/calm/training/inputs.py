@@ -14,7 +14,7 @@ from torch import nn
 from calm.data.examples import Example
 from calm.data.shards import files_of
 from calm.errors import InputError
-from calm.storage.disk import read_json, write_file_whole
+from calm.storage.disk import read_json, write_atomically
 from calm.training.extending import without_last_steps
 from calm.training.recipe import effect_of
 
@@ -43,7 +43,7 @@ def check_inputs(
                 "choose another output folder."
             )
     if inputs.keys() - recorded.keys():
-        write_file_whole(output / INPUTS, json.dumps({**recorded, **inputs}, indent=1) + "\n")
+        write_atomically(output / INPUTS, json.dumps({**recorded, **inputs}, indent=1) + "\n")
 
 
 def inputs_in(folder: Path) -> dict[str, str]:

@@ -25,7 +25,7 @@ from calm.training.processes import processes
 from calm.training.recipe import DataSettings, Recipe
 from calm.training.runs import DATA, Run
 from calm.training.sharding import check_sharding
-from calm.training.teacher import check_tokens_of_teacher, config_of_teacher, teacher_of
+from calm.training.teacher import check_teacher_tokenizer, teacher_config, teacher_of
 
 
 @contextlib.contextmanager
@@ -80,12 +80,12 @@ def _check_models(recipe: Recipe, *, has_text: bool) -> None:
     """
     if (name := recipe.language_model.init_from) is not None:
         check_readable(name)
-    if config_of_teacher(recipe) is None or (teacher := recipe.language_model.teacher.model) is None:
+    if teacher_config(recipe) is None or (teacher := recipe.language_model.teacher.model) is None:
         return
     check_readable(teacher)
     tokenizer = recipe.data.tokenizer
     if tokenizer is not None and not has_text and _prepared_source(recipe.data) is None:
-        check_tokens_of_teacher(teacher, load_tokenizer(tokenizer_of(tokenizer)))
+        check_teacher_tokenizer(teacher, load_tokenizer(tokenizer_of(tokenizer)))
 
 
 def _input_digests(recipe: Recipe, data: PreparedData, autoencoder: CalmAutoencoder | None) -> dict[str, str]:

@@ -21,7 +21,7 @@ from calm.training.processes import processes
 from calm.training.recipe import Recipe, TrainingSettings
 from calm.training.runs import Run
 from calm.training.speed import known_training_flops
-from calm.training.teacher import Teacher, facts_of_teacher, teacher_of
+from calm.training.teacher import Teacher, teacher_facts, teacher_of
 
 logger = logging.getLogger(__name__)
 _TIMED_STEPS = 2  # The first is a warm-up.
@@ -35,7 +35,7 @@ class Forecast:
         name: What is trained.
         parameters: Number of trained parameters.
         steps: Optimizer steps, including those already done.
-        done: Steps that an earlier part of the run has done.
+        steps_done: Those that an earlier part of the run has done.
         tokens: Tokens of all steps.
         epochs: Passes over the text; None for a stream.
         flops: Training FLOPs of all steps; None if unknown.
@@ -46,7 +46,7 @@ class Forecast:
     name: str
     parameters: int
     steps: int
-    done: int
+    steps_done: int
     tokens: int
     epochs: float | None
     flops: float | None
@@ -65,7 +65,7 @@ class Forecast:
         if self.flops is not None:
             parts.append(f"{self.flops:.1e} FLOPs")
         if self.seconds is not None:
-            remaining = f" for the {self.steps - self.done:,} steps left" if self.done else ""
+            remaining = f" for the {self.steps - self.steps_done:,} steps left" if self.steps_done else ""
             parts.append(f"about {duration(self.seconds)}{remaining}")
         return f"{self.name}: {'; '.join(parts)}"
 
@@ -112,7 +112,7 @@ def _forecast(
 ) -> Forecast:
     recipe, tokens = run.recipe, training.tokens
     checkpoints = checkpoints_in(run.folder / "checkpoints" / name.replace(" ", "_"))
-    done = step_of(checkpoints[-1]) if checkpoints else 0
+    steps_done = step_of(checkpoints[-1]) if checkpoints else 0
     text_tokens = data.counts().tokens["train"]
     flops = known_training_flops(network.config, recipe.data.context, teacher)
     parameters = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
@@ -122,12 +122,12 @@ def _forecast(
         name=name,
         parameters=parameters,
         steps=training.steps,
-        done=done,
+        steps_done=steps_done,
         tokens=tokens,
         epochs=None if recipe.data.streaming else tokens / max(1, text_tokens),
         flops=None if flops is None else flops * tokens,
-        seconds=None if seconds is None else seconds * (training.steps - done),
-        teacher=None if teacher is None else str(facts_of_teacher(teacher, recipe.data.context)),
+        seconds=None if seconds is None else seconds * (training.steps - steps_done),
+        teacher=None if teacher is None else str(teacher_facts(teacher, recipe.data.context)),
     )
 
 

@@ -10,12 +10,12 @@ from accelerate import PartialState
 _LONGEST_WAIT = timedelta(days=1)
 
 
-def _on_a_cpu(storage: Any, location: str) -> Any:
+def _restore_to_cpu(storage: Any, location: str) -> Any:
     return storage if location.startswith("cpu:") else None
 
 
 # accelerate calls the CPU of process 1 "cpu:1", a location that torch 2.11 cannot load checkpoints to.
-torch.serialization.register_package(100, lambda _: None, _on_a_cpu)
+torch.serialization.register_package(100, lambda _: None, _restore_to_cpu)
 
 
 def processes() -> PartialState:

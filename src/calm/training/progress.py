@@ -6,7 +6,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from calm.core.brier import NUM_ORDERS, undefined_brier_lm
-from calm.progress import progress_bar, tell
+from calm.progress import announce, progress_bar
 
 
 class StageProgress(TrainerCallback):
@@ -41,7 +41,7 @@ class StageProgress(TrainerCallback):
         scores = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
         if scores:
             text = ", ".join(f"{name} {_formatted(name, scores)}" for name in scores)
-            tell(f"{self._name}, step {state.global_step:,}: {text}")
+            announce(f"{self._name}, step {state.global_step:,}: {text}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar, which stays on the terminal."""

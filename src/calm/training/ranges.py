@@ -34,7 +34,7 @@ _POSITIVE_COUNT = Range(1, 10**12)
 _PROCESSES = Range(0, 4096)
 _RATE = Range(0)
 _SHARE = Range(0, 1)
-_PART = Range(0, 1, has_least=False, has_most=False)
+_PART = Range(0, 1, includes_low=False, includes_high=False)
 _STAGES = Range(0, 1000)
 _SEED = Range(0, 2**32 - 1)
 # Every number in every group of settings; ranges shared with model configurations are in models/.

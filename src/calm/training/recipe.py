@@ -201,7 +201,7 @@ class TrainingSettings:
 
 
 @dataclass(kw_only=True)
-class _Trained:
+class _Pretrained:
     """A part that need not be trained.
 
     Args:
@@ -248,14 +248,14 @@ class TeacherSettings:
     states: float = 0.0
 
     @property
-    def takes_part(self) -> bool:
+    def is_used(self) -> bool:
         """Whether there is a teacher and the loss depends on it."""
         return self.model is not None and (self.weight > 0 or self.states > 0)
 
 
 # Fields of the last base class come first: in the help, in recipes that are written, and in their digests.
 @dataclass(kw_only=True)
-class AutoencoderSettings(AutoencoderHyperparameters, _Trained):
+class AutoencoderSettings(AutoencoderHyperparameters, _Pretrained):
     """The chunk autoencoder.
 
     Args:

@@ -9,12 +9,12 @@ import jsonargparse
 import yaml
 
 from calm.errors import InputError
-from calm.mistakes import Options, mistake_in, sentence, types_of
-from calm.storage.disk import write_file_whole
+from calm.mistakes import Options, explain, mistake_in, types_of
+from calm.storage.disk import write_atomically
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe import Effect, Recipe, effect_of
 from calm.training.recipe_settings import RECIPE as RECIPE
-from calm.training.recipe_settings import extended, recipe_with, settings_in
+from calm.training.recipe_settings import override_settings, recipe_with, settings_in
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe | FinetuningRecipe)
 
@@ -54,7 +54,9 @@ def with_settings(recipe: AnyRecipe, settings: Mapping[str, Any]) -> AnyRecipe:
         if not isinstance(group, dict):
             raise InputError(f"a recipe has no setting '{name}'.")
     kind = type(recipe)
-    return _check_and_build(kind, extended(values, settings, kind), f"settings {', '.join(settings)}")
+    return _check_and_build(
+        kind, override_settings(values, settings, kind), f"settings {', '.join(settings)}"
+    )
 
 
 def check_types(recipe: Recipe | FinetuningRecipe) -> None:
@@ -77,7 +79,7 @@ def _build(kind: type[AnyRecipe], values: dict[str, Any], label: str, options: O
     try:
         recipe: AnyRecipe = recipe_with(kind, values)
     except jsonargparse.ArgumentError as error:
-        raise InputError(f"{label}: {sentence(str(error), options)}") from error
+        raise InputError(f"{label}: {explain(str(error), options)}") from error
     return recipe
 
 
@@ -89,7 +91,7 @@ def recipe_text(recipe: Recipe | FinetuningRecipe) -> str:
 
 def write_recipe(recipe: Recipe | FinetuningRecipe, path: Path) -> None:
     """Write all settings of a recipe, defaults included."""
-    write_file_whole(path, recipe_text(recipe))
+    write_atomically(path, recipe_text(recipe))
 
 
 def differences(first: AnyRecipe, second: AnyRecipe, effect: Effect = "full") -> list[str]:

@@ -24,7 +24,7 @@ import jsonargparse
 import yaml
 
 from calm.errors import InputError, reason_of
-from calm.mistakes import Options, mistake_in, sentence
+from calm.mistakes import Options, explain, mistake_in
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.recipe import Recipe
 
@@ -168,7 +168,9 @@ def settings_in(name: str, kind: type, options: Options) -> dict[str, Any]:
             break
         path = _parent(parent, path, label, kind)
         label = parent if path == shipped_recipes(kind).get(parent) else str(path)
-    return functools.reduce(lambda base, overrides: extended(base, overrides, kind), reversed(layers))
+    return functools.reduce(
+        lambda base, overrides: override_settings(base, overrides, kind), reversed(layers)
+    )
 
 
 def recipe_file_of_run(folder: Path) -> Path:
@@ -183,7 +185,7 @@ def recipe_file_of_run(folder: Path) -> Path:
     return path
 
 
-def extended(base: Mapping[str, Any], overrides: Mapping[str, Any], kind: type) -> dict[str, Any]:
+def override_settings(base: Mapping[str, Any], overrides: Mapping[str, Any], kind: type) -> dict[str, Any]:
     """The settings of a recipe with some of them overridden, as by a recipe that extends it.
 
     Args:
@@ -321,4 +323,4 @@ def _check(settings: dict[str, Any], label: str, kind: type, options: Options) -
     try:
         _parse(kind, {name: value for name, value in settings.items() if name in fields})
     except jsonargparse.ArgumentError as error:
-        raise InputError(f"recipe '{label}': {sentence(str(error), options)}") from error
+        raise InputError(f"recipe '{label}': {explain(str(error), options)}") from error

@@ -15,21 +15,21 @@ from typing import Any, Generic
 from transformers import PreTrainedTokenizerBase
 
 from calm.errors import InputError
-from calm.storage.checksums import check_as_written
-from calm.storage.disk import disk_errors, read_json, write_file_whole
+from calm.storage.checksums import check_intact
+from calm.storage.disk import disk_errors, read_json, write_atomically
 from calm.storage.folders import (
+    atomic_folder,
+    check_inputs_outside,
     check_output,
-    check_spared,
     discard_replaced,
     emptied,
     new_folder,
     restore,
-    work_of,
-    written_whole,
+    work_path,
 )
 from calm.storage.locks import LOCK, locked
 from calm.storage.ours import FINETUNED, TRAINED, FolderKind
-from calm.training.extending import STEPS_OF_LAST_STAGE, check_more_steps, extend
+from calm.training.extending import STEPS_OF_LAST_STAGE, check_more_steps, extend_run
 from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.processes import processes
 from calm.training.recipe import Recipe
@@ -39,7 +39,7 @@ from calm.training.recipe_settings import recipe_file_of_run
 logger = logging.getLogger(__name__)
 HISTORY = "history.json"
 DATA = "data"  # The prepared text of a run, in its folder.
-_KEPT = (LOCK, work_of(Path(DATA)).name)  # Kept when a folder is emptied for a run.
+_KEPT = (LOCK, work_path(Path(DATA)).name)  # Kept when a folder is emptied for a run.
 _REPLACED: dict[type, FolderKind] = {Recipe: TRAINED, FinetuningRecipe: FINETUNED}
 
 
@@ -70,7 +70,7 @@ class Run(Generic[AnyRecipe]):
                 resume.
         """
         if not self.resume:
-            check_spared(self.folder, inputs)
+            check_inputs_outside(self.folder, inputs)
             check_output(self.folder, _REPLACED[type(self.recipe)] if self.overwrite else None, _KEPT)
             return
         recorded = self._recorded_recipe()
@@ -127,7 +127,7 @@ class Run(Generic[AnyRecipe]):
             discard_replaced(self.folder)
             recorded = self._recorded_recipe()
             if differences(recorded, self.recipe):
-                extend(self.folder, recorded, self.recipe)
+                extend_run(self.folder, recorded, self.recipe)
             if changed := differences(recorded, self.recipe, "rounding"):
                 logger.warning(
                     "%s changed: the weights will differ by rounding from those of an unchanged run",
@@ -139,7 +139,7 @@ class Run(Generic[AnyRecipe]):
         with emptied(self.folder, _KEPT):
             write_recipe(self.recipe, self.folder / RECIPE)
             yield
-        shutil.rmtree(work_of(self.folder / DATA), ignore_errors=True)
+        shutil.rmtree(work_path(self.folder / DATA), ignore_errors=True)
 
     def is_finished(self, name: str) -> bool:
         """Whether a model or adapters have been saved under a name."""
@@ -154,7 +154,7 @@ class Run(Generic[AnyRecipe]):
         """
         is_finished = self.is_finished(name)
         if is_finished and processes().is_main_process:
-            check_as_written(self.folder / name)
+            check_intact(self.folder / name)
         processes().wait_for_everyone()  # Otherwise a fast process could write it before a slow one looks.
         return is_finished
 
@@ -174,7 +174,7 @@ class Run(Generic[AnyRecipe]):
             json_files: Contents of further JSON files, by file name.
         """
         if processes().is_main_process:
-            with written_whole(self.folder / name) as partial:
+            with atomic_folder(self.folder / name) as partial:
                 model.save_pretrained(partial)
                 tokenizer.save_pretrained(partial)
                 write_recipe(self.recipe, partial / RECIPE)
@@ -186,7 +186,7 @@ class Run(Generic[AnyRecipe]):
         """Write what was logged; if it is the log of one stage, those of other stages are kept."""
         if processes().is_main_process:
             history = log if stage is None else {**self._read_history(), stage: log}
-            write_file_whole(self.folder / HISTORY, json.dumps(history, indent=1) + "\n")
+            write_atomically(self.folder / HISTORY, json.dumps(history, indent=1) + "\n")
 
     def _read_history(self) -> dict[str, Any]:
         """What was logged so far. A damaged file is moved aside, since no weights depend on it."""

@@ -26,10 +26,10 @@ from calm.evaluation.scorers import scorer_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.language_model import language_model
 from calm.models.loading import load_autoencoder
-from calm.training.arguments import Stage
+from calm.training.arguments import TrainingStage
 from calm.training.blocks import Blocks, blocks_of
 from calm.training.build import language_model_of, new_autoencoder
-from calm.training.continuing import completed
+from calm.training.continuing import with_inherited_parts
 from calm.training.inputs import check_inputs, digest_of_weights
 from calm.training.opening import check_vocabulary, open_run, trained_autoencoder
 from calm.training.overview import log_overview
@@ -37,7 +37,7 @@ from calm.training.precision import with_precision
 from calm.training.processes import processes
 from calm.training.recipe import Recipe
 from calm.training.runs import Run
-from calm.training.teacher import facts_of_teacher, teacher_of
+from calm.training.teacher import teacher_facts, teacher_of
 from calm.training.trackers import tracking_of
 from calm.training.trainer import ChunkTrainer, Score
 
@@ -58,7 +58,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool
         InputError: If a setting or the folder is not valid.
         RunError: If the run cannot continue; see `ChunkTrainer.train_or_resume`.
     """
-    recipe = completed(recipe)
+    recipe = with_inherited_parts(recipe)
     run = Run(with_precision(recipe, output, resume), output, resume, overwrite)
     recipe = run.recipe
     with open_run(run) as data:
@@ -80,7 +80,7 @@ def train_autoencoder(recipe: Recipe, output: Path, *, resume: bool = False) -> 
         InputError: If a setting or the folder is not valid.
         RunError: If the run cannot continue; see `ChunkTrainer.train_or_resume`.
     """
-    run = Run(with_precision(completed(recipe), output, resume), output, resume)
+    run = Run(with_precision(with_inherited_parts(recipe), output, resume), output, resume)
     with open_run(run) as data:
         _finish_autoencoder(run, data)
     return output / "autoencoder"
@@ -110,7 +110,7 @@ def _train_autoencoder(run: Run[Recipe], data: PreparedData) -> PreTrainedModel:
 
     blocks = blocks_of(run, data, settings.num_workers, recipe.chunk_size)
     folder, tracking = run.folder / "checkpoints/autoencoder", tracking_of(run, "autoencoder")
-    stage = Stage("autoencoder", settings, folder, recipe.seed, tracking=tracking)
+    stage = TrainingStage("autoencoder", settings, folder, recipe.seed, tracking=tracking)
     return _run_stage(run, autoencoder, blocks, score, stage)
 
 
@@ -119,7 +119,7 @@ def _train_language_model(run: Run[Recipe], data: PreparedData) -> PreTrainedMod
     autoencoder = load_autoencoder(run.folder / "autoencoder") if recipe.model == "calm" else None
     model = language_model_of(recipe, data, autoencoder)
     if (teacher := teacher_of(recipe, data)) is not None and processes().is_main_process:
-        facts_of_teacher(teacher, recipe.data.context).write(run.folder)
+        teacher_facts(teacher, recipe.data.context).write(run.folder)
 
     def score(model: PreTrainedModel, held_out: datasets.Dataset) -> dict[str, float]:
         num_blocks = settings.evaluation_blocks
@@ -131,7 +131,7 @@ def _train_language_model(run: Run[Recipe], data: PreparedData) -> PreTrainedMod
     blocks = blocks_of(run, data, settings.num_workers, scorer_of(model).chunk_size)
     is_sharded = recipe.language_model.sharded and processes().num_processes > 1
     folder, tracking = run.folder / "checkpoints/language_model", tracking_of(run, "language_model")
-    stage = Stage(
+    stage = TrainingStage(
         "language model",
         settings,
         folder,
@@ -147,7 +147,7 @@ def _train_language_model(run: Run[Recipe], data: PreparedData) -> PreTrainedMod
 
 
 def _run_stage(
-    run: Run[Recipe], model: PreTrainedModel, blocks: Blocks, score: Score, stage: Stage
+    run: Run[Recipe], model: PreTrainedModel, blocks: Blocks, score: Score, stage: TrainingStage
 ) -> PreTrainedModel:
     """Train a network and return it, or an unsharded copy if it is sharded."""
     trainer = ChunkTrainer(model, blocks, score, stage)

@@ -20,9 +20,9 @@ from calm.models.language_model import language_model
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.missing import resolve_name
 from calm.quantities import short
-from calm.storage.disk import read_json, write_file_whole
+from calm.storage.disk import read_json, write_atomically
 from calm.training.recipe import Recipe, TeacherSettings
-from calm.training.uptraining import config_at, cut_of, is_token_level, uptrains
+from calm.training.uptraining import config_at, cut_of, is_token_level, is_uptraining
 
 FACTS = "teacher.json"
 # Difference allowed between the same numbers computed in two ways, relative to the largest.
@@ -97,7 +97,7 @@ def check_teacher(recipe: Recipe, network: PreTrainedModel) -> None:
     settings = recipe.language_model.teacher
     if settings.model is None and settings != TeacherSettings():
         raise InputError("language_model.teacher has settings but no model; name the teacher's folder.")
-    if (config := config_of_teacher(recipe)) is None:
+    if (config := teacher_config(recipe)) is None:
         return
     view, context, longest = language_model(network), recipe.data.context, longest_context(config)
     if not view.can_distill:
@@ -128,20 +128,20 @@ def check_teacher(recipe: Recipe, network: PreTrainedModel) -> None:
 def _is_made_of_teacher(recipe: Recipe) -> bool:
     """Whether the CALM of a recipe is made of the layers of its teacher."""
     names = (recipe.language_model.init_from, recipe.language_model.teacher.model)
-    if None in names or not uptrains(recipe):
+    if None in names or not is_uptraining(recipe):
         return False
     source, teacher = (resolve_name(str(name)) for name in names)
     return source == teacher or Path(source).resolve() == Path(teacher).resolve()
 
 
-def config_of_teacher(recipe: Recipe) -> PreTrainedConfig | None:
+def teacher_config(recipe: Recipe) -> PreTrainedConfig | None:
     """The configuration of the teacher of a recipe; None if no teacher takes part.
 
     Raises:
         InputError: If the teacher does not exist, or is another kind of model.
     """
     settings = recipe.language_model.teacher
-    if settings.model is None or not settings.takes_part:
+    if settings.model is None or not settings.is_used:
         return None
     config = config_at(settings.model)
     if not is_token_level(config):
@@ -152,7 +152,7 @@ def config_of_teacher(recipe: Recipe) -> PreTrainedConfig | None:
     return config
 
 
-def with_tokens_of_teacher(recipe: Recipe) -> Recipe:
+def with_teacher_tokenizer(recipe: Recipe) -> Recipe:
     """A recipe with its teacher's tokenizer, unless it names one or starts from a model that has one."""
     name = recipe.language_model.teacher.model
     if name is None or recipe.data.tokenizer is not None or recipe.language_model.init_from is not None:
@@ -172,18 +172,18 @@ def teacher_of(recipe: Recipe, data: PreparedData) -> Teacher | None:
             or its logits are not simply its states times the output embeddings.
     """
     settings = recipe.language_model.teacher
-    if (config := config_of_teacher(recipe)) is None or (name := settings.model) is None:
+    if (config := teacher_config(recipe)) is None or (name := settings.model) is None:
         return None
     is_bf16 = recipe.language_model.training.precision == "bf16"
     dtype = torch.bfloat16 if is_bf16 else torch.float32
     network, _ = load_language_model_and_tokenizer(name, dtype=dtype)
-    check_tokens_of_teacher(name, data.tokenizer)
+    check_teacher_tokenizer(name, data.tokenizer)
     _check_outputs(network, name)
     layer = layer_of(recipe, config)
     return Teacher(network.requires_grad_(False).eval(), settings, recipe.chunk_size, layer)
 
 
-def check_tokens_of_teacher(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_teacher_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise InputError if the vocabulary of a teacher is not that of the text's tokenizer."""
     if load_tokenizer(resolve_name(name)).get_vocab() != tokenizer.get_vocab():
         raise InputError(
@@ -243,13 +243,13 @@ class TeacherFacts:
 
     def write(self, run: Path) -> None:
         """Write them to the folder of a run."""
-        write_file_whole(run / FACTS, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        write_atomically(run / FACTS, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     def __str__(self) -> str:
         return f"'{self.model}' ({short(self.parameters)} parameters)"
 
 
-def facts_of_teacher(teacher: Teacher, context: int) -> TeacherFacts:
+def teacher_facts(teacher: Teacher, context: int) -> TeacherFacts:
     """What a run records of its teacher."""
     network, name = teacher.network, teacher.settings.model
     assert name is not None
@@ -257,7 +257,7 @@ def facts_of_teacher(teacher: Teacher, context: int) -> TeacherFacts:
     return TeacherFacts(name, parameters, teaching_flops(network.config, context))
 
 
-def read_facts_of_teacher(run: Path) -> TeacherFacts | None:
+def read_teacher_facts(run: Path) -> TeacherFacts | None:
     """What a run has recorded of its teacher; None if it had none.
 
     Raises:

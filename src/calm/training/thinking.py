@@ -16,7 +16,7 @@ from calm.models.context import longest_context
 from calm.models.language_model import language_model
 from calm.models.thoughts import THOUGHT, Thoughts
 from calm.training.batches import NUMBERS, ChunkNetwork
-from calm.training.curriculum import Curriculum, Stage
+from calm.training.curriculum import Curriculum, ThoughtStage
 from calm.training.finetuning_recipe import FinetuningRecipe, ThoughtSettings
 from calm.training.noise import number_of_block
 
@@ -40,17 +40,17 @@ class ThoughtTraining:
     layout: Layout
     thoughts: Thoughts | None
     has_noise: bool
-    stage: Stage
+    stage: ThoughtStage
     labels_per_step: int = 0
 
-    def row(self, example: Example, stage: Stage) -> ThinkingRow:
+    def row(self, example: Example, stage: ThoughtStage) -> ThinkingRow:
         """The row of an example at a stage."""
         between = self._tokens_between(stage)
         per_step = self.labels_per_step
         labels = self.layout.step_labels(example, between, per_step) if per_step else []
         return self.layout.row(example, stage.left_out, between, labels)
 
-    def _tokens_between(self, stage: Stage) -> list[int]:
+    def _tokens_between(self, stage: ThoughtStage) -> list[int]:
         """Tokens of the markers and thoughts between question and answer."""
         return [] if self.thoughts is None else self.thoughts.tokens(self.layout.chunk_size, stage.thoughts)
 
@@ -64,7 +64,7 @@ class ThoughtTraining:
             batch[NUMBERS] = torch.tensor(numbers)
         return batch
 
-    def enter_stage(self, model: PreTrainedModel, stage: Stage) -> None:
+    def enter_stage(self, model: PreTrainedModel, stage: ThoughtStage) -> None:
         """Switch to a stage, and record its number of thoughts in the model's configuration."""
         self.stage = stage
         model.config.thoughts = (
@@ -232,10 +232,10 @@ class StageChange(TrainerCallback):
         step, curriculum = state.global_step, self._thinking.curriculum
         self._thinking.enter_stage(self._model, curriculum.at(step))
         if self._new_optimizer is not None and curriculum.begins_at(step):
-            reset(optimizer, self._new_optimizer())
+            reset_optimizer(optimizer, self._new_optimizer())
 
 
-def reset(optimizer: Any, new: torch.optim.Optimizer) -> None:
+def reset_optimizer(optimizer: Any, new: torch.optim.Optimizer) -> None:
     """Reset everything in an optimizer except its learning rates.
 
     Args:

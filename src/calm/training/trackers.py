@@ -20,7 +20,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from calm.errors import InputError, RunError, reason_of
 from calm.extras import require
-from calm.storage.disk import read_json, write_file_whole
+from calm.storage.disk import read_json, write_atomically
 from calm.training.runs import Run
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def tracked(trainer: Trainer, tracking: Tracking) -> Iterator[None]:
     if not (tracking.names and trainer.is_world_process_zero()):
         yield
         return
-    write_file_whole(tracking.folder / IDS, json.dumps({"id": tracking.id}) + "\n")
+    write_atomically(tracking.folder / IDS, json.dumps({"id": tracking.id}) + "\n")
     ends: dict[str, End] = {}
     has_succeeded = False
     try:

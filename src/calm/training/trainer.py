@@ -11,23 +11,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import PreTrainedModel, ProgressCallback, Trainer
 
-from calm.data.counts import number
+from calm.data.counts import pluralize
 from calm.data.streaming import CURSOR, BlockStream
 from calm.errors import InputError, NotFiniteError, RunError, Terminated, reason_of
 from calm.hardware import fast_float32
 from calm.models.language_model import language_model
 from calm.storage.disk import disk_errors
-from calm.training.arguments import Stage, training_arguments
+from calm.training.arguments import TrainingStage, training_arguments
 from calm.training.batches import (
     NUMBERS,
     ChunkNetwork,
     batches_of_stream,
     collate_chunks,
     collate_tokens,
-    whole_steps,
+    whole_step_sampler,
 )
 from calm.training.blocks import Blocks
-from calm.training.checkpoints import checkpoints_in, newest_intact_checkpoint, written_checkpoint
+from calm.training.checkpoints import atomic_checkpoint, checkpoints_in, newest_intact_checkpoint
 from calm.training.clock import Clock
 from calm.training.extending import SaveAt, kept_step
 from calm.training.faults import LossWatch, StopOnSignal, check_weights, diverged
@@ -56,7 +56,7 @@ class ChunkTrainer(Trainer):
     """
 
     def __init__(
-        self, model: PreTrainedModel, blocks: Blocks, score: Score, stage: Stage, adapted: Any = None
+        self, model: PreTrainedModel, blocks: Blocks, score: Score, stage: TrainingStage, adapted: Any = None
     ) -> None:
         settings = stage.settings
         self.score, self.settings = score, settings
@@ -154,7 +154,7 @@ class ChunkTrainer(Trainer):
         blocks: Any = train_dataset if train_dataset is not None else self.train_dataset
         if self._is_in_order:
             return SequentialSampler(blocks)
-        return whole_steps(blocks, self.settings.batch_tokens // self._context)
+        return whole_step_sampler(blocks, self.settings.batch_tokens // self._context)
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Tensor]], device: torch.device
@@ -235,7 +235,7 @@ class ChunkTrainer(Trainer):
         counts = self.accelerator.gather(torch.tensor([self._stream.num_skipped()], device=self.args.device))
         skipped = int(counts.sum() if self._stream.has_own_shards else counts.max())
         if skipped and self.is_world_process_zero():
-            logger.info("text: skipped %s without text while streaming", number(skipped, "record"))
+            logger.info("text: skipped %s without text while streaming", pluralize(skipped, "record"))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log values and the seconds so far; with a training loss, also the speed of training."""
@@ -291,7 +291,7 @@ class ChunkTrainer(Trainer):
         with (
             self._speed.pause(),
             disk_errors(folder / f"checkpoint-{step}", resume_hint),
-            written_checkpoint(folder, step, self.settings.keep_checkpoints, self._kept_step) as partial,
+            atomic_checkpoint(folder, step, self.settings.keep_checkpoints, self._kept_step) as partial,
         ):
             self._staging = partial.parent
             try:

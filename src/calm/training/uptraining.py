@@ -14,12 +14,18 @@ from calm.models.configuration import CalmConfig
 from calm.models.context import check_context
 from calm.models.loading import config_of, is_adapter, load_transformer
 from calm.models.missing import resolve_name
-from calm.models.uptraining import CODE_SIZE, Cut, TokensOfConfig, calm_from_transformer, uptrained_config
+from calm.models.uptraining import (
+    CODE_SIZE,
+    Cut,
+    PlaceholderTokenizer,
+    calm_from_transformer,
+    uptrained_config,
+)
 from calm.text.vocabulary import check_ids
 from calm.training.recipe import Recipe
 
 
-def uptrains(recipe: Recipe) -> bool:
+def is_uptraining(recipe: Recipe) -> bool:
     """Whether a recipe converts a token-level Transformer into a CALM.
 
     Raises:
@@ -80,14 +86,14 @@ def config_to_uptrain(recipe: Recipe, source: PreTrainedConfig) -> CalmConfig:
     assert recipe.language_model.init_from is not None
     name = resolve_name(recipe.language_model.init_from)
     lacks_tokenizer = Path(name).is_dir() and not has_tokenizer(Path(name))
-    tokenizer = TokensOfConfig(source) if lacks_tokenizer else load_tokenizer(name)
+    tokenizer = PlaceholderTokenizer(source) if lacks_tokenizer else load_tokenizer(name)
     config = uptrained_config(source, tokenizer, recipe.chunk_size, cut_of(recipe), **_options(recipe))
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         check_ids(tokenizer, config.vocab_size, name)
     return config
 
 
-def check_tokens(name: str, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> None:
+def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> None:
     """Raise InputError if text was prepared with another tokenizer than that of the model to be trained.
 
     Args:
@@ -113,7 +119,7 @@ def model_to_uptrain(recipe: Recipe, data: PreparedData) -> PreTrainedModel:
     assert name is not None
     source = load_transformer(name, dtype=torch.float32)  # On the CPU: a GPU may not have room for both.
     tokenizer = load_tokenizer(resolve_name(name))
-    check_tokens(name, tokenizer, data)
+    check_tokenizer(name, tokenizer, data)
     set_seed(recipe.seed)  # Codes are drawn first, so they equal those of the run's autoencoder.
     model = calm_from_transformer(source, tokenizer, recipe.chunk_size, cut_of(recipe), **_options(recipe))
     check_context(model.config, recipe.data.context)

@@ -119,7 +119,9 @@ def test_the_cache_shrinks_with_its_longest_row():
     assert {(len(one), one.shape[2]) for one in batch._open.cache.window()} == {(1, 16)}
 
 
-@pytest.mark.parametrize("place", ["rows.SlotCache.joined", "reading.read_chunks", "reading.SlotCache.part"])
+@pytest.mark.parametrize(
+    "place", ["rows.SlotCache.concat", "reading.read_chunks", "reading.SlotCache.select"]
+)
 def test_a_row_that_cannot_join_leaves_nothing_behind(place, monkeypatch):
     model = tiny_model()
     model.config.eos_token_id = model.generation_config.eos_token_id = None

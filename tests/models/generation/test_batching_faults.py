@@ -158,14 +158,14 @@ class Once(FailsFor):
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(OpenRows, "replaced"), (SlotCache, "put"), (SlotCache, "_make_room"), (OpenRows, "part")],
+    [(OpenRows, "with_row"), (SlotCache, "put"), (SlotCache, "_make_room"), (OpenRows, "select")],
 )
 def test_a_row_that_cannot_take_over_a_place_leaves_alone(owner, name, model, monkeypatch):
     """And its copies, which wait behind it, begin at the next place."""
     expected, _ = write(*join_in_turn(model, copies=2), 16)
     batch, rows = join_in_turn(model, copies=2)
     before, _ = write(batch, rows, 1)
-    is_newcomer = (lambda own, _: rows[2] in own.rows) if name == "part" else lambda *_: True
+    is_newcomer = (lambda own, _: rows[2] in own.rows) if name == "select" else lambda *_: True
     broken = Once(getattr(owner, name), is_newcomer)
     broken.as_method_of(owner, name, monkeypatch)
     texts, failed = write(batch, rows, 15, dict(zip(rows, before, strict=True)))
@@ -189,13 +189,13 @@ def test_rows_that_have_ended_may_stay_in_memory(model, monkeypatch):
     rows = join_all(batch)
     before, _ = write(batch, rows, 2)
     batch.drop(rows[1])
-    Once(OpenRows.part).as_method_of(OpenRows, "part", monkeypatch)
+    Once(OpenRows.select).as_method_of(OpenRows, "select", monkeypatch)
     texts, failed = write(batch, rows, 4, dict(zip(rows, before, strict=True)))
     assert not failed and len(texts.pop(1)) == 8
     assert texts == [*expected[:1], *expected[2:]]
 
 
-@pytest.mark.parametrize("name", ["joined", "part"])
+@pytest.mark.parametrize("name", ["concat", "select"])
 def test_halves_that_cannot_be_copied_or_put_together(name, model, monkeypatch):
     """The second waits to join the first again; of rows that are not even copied only those are lost."""
     expected, _ = write(other := ChunkBatch(model), join_all(other), 8)
@@ -204,13 +204,15 @@ def test_halves_that_cannot_be_copied_or_put_together(name, model, monkeypatch):
     before, _ = write(batch, rows, 1)
     step = batch._steps._step
     monkeypatch.setattr(step, "forward", FailsFor(step.forward, lambda own, *_: len(own) > 2, MemoryError()))
-    if name == "part":
-        Once(OpenRows.part, lambda _, places: len(places) == 2).as_method_of(OpenRows, "part", monkeypatch)
+    if name == "select":
+        Once(OpenRows.select, lambda _, places: len(places) == 2).as_method_of(
+            OpenRows, "select", monkeypatch
+        )
     else:
-        broken = Once(OpenRows.joined, lambda parts: len(parts) > 1)
-        monkeypatch.setattr(OpenRows, "joined", broken)
+        broken = Once(OpenRows.concat, lambda parts: len(parts) > 1)
+        monkeypatch.setattr(OpenRows, "concat", broken)
     texts, failed = write(batch, rows, 7, dict(zip(rows, before, strict=True)))
-    lost = 2 if name == "part" else 0
+    lost = 2 if name == "select" else 0
     assert [one.row for one in failed] == rows[:lost]
     assert texts[lost:] == expected[lost:] and len(batch) == 0
 

@@ -109,7 +109,7 @@ def test_rows_of_other_lengths_in_a_batch_do_not_matter():
         batch = torch.stack([long, padded])
         tokens, mask = align_to_chunks(batch, (batch != PAD).long(), 4, PAD)
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
-        together = model.read_on(tokens, mask, positions)[:, -1]
+        together = model.forward_chunks(tokens, mask, positions)[:, -1]
         for row, prompt in enumerate((long, short)):
             alone, _ = align_to_chunks(prompt[None], torch.ones(1, len(prompt)), 4, PAD)
             expected = model.hidden_states_of_chunks(alone)[0, -1]

@@ -181,8 +181,8 @@ def test_prompts_of_rows_without_a_place_are_read_together_once_there_is_one(mod
     for seed, budget in enumerate(budgets[:2]):
         batch.join([5 + seed] * 6, settings, budget, seed)
     batch.step()
-    read, joined, real = Counting(model, monkeypatch), [], SlotCache.joined.__func__
-    monkeypatch.setattr(SlotCache, "joined", classmethod(lambda *own: joined.append(1) or real(*own)))
+    read, joined, real = Counting(model, monkeypatch), [], SlotCache.concat.__func__
+    monkeypatch.setattr(SlotCache, "concat", classmethod(lambda *own: joined.append(1) or real(*own)))
     for seed, budget in enumerate(budgets[2:], 2):
         batch.join([5 + seed] * (4 * seed), settings, budget, seed)
     assert len(batch) == len(budgets)
@@ -312,14 +312,14 @@ def test_no_prompt_is_read_twice_if_memory_is_short_once(failing, model, monkeyp
     settings, texts = sampler_from(), prompts([24, 22, 24])
     batch = ChunkBatch(model)
     rows = [batch.join(text, settings, 4, seed) for seed, text in enumerate(texts)]
-    real, calls = SlotCache.part, itertools.count(1)
+    real, calls = SlotCache.select, itertools.count(1)
 
-    def part(*own):
+    def select(*own):
         if next(calls) == failing:
             raise MemoryError
         return real(*own)
 
-    monkeypatch.setattr(SlotCache, "part", part)
+    monkeypatch.setattr(SlotCache, "select", select)
     written = {one.row: one.tokens for one in batch.step()}
     for seed, (row, text) in enumerate(zip(rows, texts, strict=True)):
         alone = model.generate(torch.tensor([text]), max_new_tokens=4, seed=seed, temperature=1.0)

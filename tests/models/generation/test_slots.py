@@ -67,7 +67,7 @@ def test_rows_that_leave_do_not_change_the_others():
         SlotCache.of(cache, prompt.mask_BC),
         SlotCache.of(cache, prompt.mask_BC),
     )
-    kept = kept.part([0, 2])
+    kept = kept.select([0, 2])
     for _ in range(3):
         chunks_BK = torch.randint(3, 40, (3, 4))
         of_all = step(chunks_BK, torch.tensor(whole.lengths), whole.window())
@@ -91,7 +91,7 @@ def test_there_is_room_for_a_chunk_in_one_piece_of_memory_and_not_much_more():
     ):
         slots.lengths = list(lengths)
         assert {(states.shape[2], states.is_contiguous()) for states in slots.window()} == {(room, True)}
-    assert slots.part([1, 1]).window()[0].shape[:3] == (2, 2, 16)
+    assert slots.select([1, 1]).window()[0].shape[:3] == (2, 2, 16)
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def test_a_row_that_is_put_in_the_place_of_a_longer_one_has_nothing_behind_it():
     slots = SlotCache.of(cache, prompt.mask_BC)
     for states in slots.window():
         states[0] = float("inf")
-    slots.put(0, slots.part([1]))
+    slots.put(0, slots.select([1]))
     assert slots.lengths == [3, 3, 5] and slots.has_room(0)
     for states in slots.window():
         assert torch.equal(states[0], states[1])

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Stoppi
 from calm.core.temperature import sample_from_pool
 from calm.data.tokenizer import train_tokenizer
 from calm.errors import InputError
-from calm.models.context import longest_context, room_beside
+from calm.models.context import longest_context, remaining_context
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.texts import continue_texts, continue_tokens
 
@@ -106,7 +106,7 @@ def test_a_limit_of_time_ends_a_text_behind_a_whole_chunk(model, monkeypatch):
 
 def test_prompt_and_new_tokens_must_fit(model, tokenizer):
     assert longest_context(model.config) == 256
-    assert [room_beside(model.config, n) for n in (1, 4, 5, 252, 253, 256, 999)] == [
+    assert [remaining_context(model.config, n) for n in (1, 4, 5, 252, 253, 256, 999)] == [
         252,
         252,
         248,

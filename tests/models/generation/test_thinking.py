@@ -117,7 +117,7 @@ def test_rows_that_write_wait_for_a_few_thoughts_at_most(rows, monkeypatch):
 def test_a_pool_leaves_room_for_steps_between_its_thoughts(monkeypatch):
     model, ids, written = thinking_model(chunk_size=2), [5, 6, 7], [8, 9, 10, 11]
     thoughts = Thoughts(20, BOS, EOS, scale=1.0)
-    how = {"num_draws": 8, "temperatures": [1.0], "most": 8, "seed": 1}
+    how = {"num_draws": 8, "temperatures": [1.0], "max_candidates": 8, "seed": 1}
     passes, counts = Passes(model, monkeypatch), []
     drawing = draw_alternatives(model, ids, thoughts=thoughts, written=written, **how)
     with pytest.raises(StopIteration) as end:
@@ -138,6 +138,6 @@ def test_a_pool_leaves_room_for_steps_between_its_thoughts(monkeypatch):
 
 def test_what_was_written_is_a_part_of_a_text_where_nothing_is_thought():
     model = tiny_model(2)
-    how = {"num_draws": 20, "temperatures": [0.5], "most": 20, "seed": 1}
+    how = {"num_draws": 20, "temperatures": [0.5], "max_candidates": 20, "seed": 1}
     whole = outcome_of(draw_alternatives(model, [5, 6, 7, 8, 9], **how))
     assert whole == outcome_of(draw_alternatives(model, [5, 6, 7], written=[8, 9], **how))

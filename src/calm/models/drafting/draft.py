@@ -17,7 +17,7 @@ from calm.models.context import longest_context
 from calm.models.drafting.growing import GrowingTree, best_shape, line_shape
 from calm.models.drafting.lookup import Lookup
 from calm.models.generation.alternatives import ends_of, up_to_end
-from calm.models.generation.reading import read_on
+from calm.models.generation.reading import prefill
 from calm.models.generation.slots import SlotCache
 from calm.models.generation.steps import SlotSteps
 from calm.models.heads import TokenDistributions
@@ -181,7 +181,7 @@ class ChunkDrafter:
     def _read_piece(self, text: Sequence[int], reading: _Reading | None, piece_CK: Tensor) -> _Reading:
         """Read the next chunks in one pass."""
         cache = None if reading is None else reading.cache
-        state_1D, cache = read_on(self._model, [piece_CK], [cache])
+        state_1D, cache = prefill(self._model, [piece_CK], [cache])
         reading = self._readings[-len(text) % self._model.config.chunk_size] = _Reading(cache, state_1D)
         return reading
 

@@ -31,7 +31,7 @@ from calm.models.generation.tracing import (
     functions_to_trace,
     requests_of_draw,
 )
-from calm.models.heads.contract import refuse_damaged
+from calm.models.heads.contract import raise_not_finite
 
 logger = logging.getLogger(__name__)
 _LOGITS_AT_ONCE = 2**24  # Token logits in memory at once: 64 MiB in float32.
@@ -111,7 +111,7 @@ class CompiledSteps:
         contiguous = (numbers_1MU.contiguous() for numbers_1MU in numbers)
         chunks_MK, is_finite = function(prepared_M.contiguous(), *contiguous)
         if not bool(is_finite):
-            refuse_damaged(prepared_M.dtype)
+            raise_not_finite(prepared_M.dtype)
         return chunks_MK
 
 

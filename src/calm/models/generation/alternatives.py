@@ -63,7 +63,7 @@ def draw_alternatives(
     *,
     num_draws: int,
     temperatures: Sequence[float],
-    most: int,
+    max_candidates: int,
     seed: int,
     chunk: Sequence[int] = (),
     thoughts: Thoughts | None = None,
@@ -79,7 +79,7 @@ def draw_alternatives(
         ids: Tokens of the text, or of a prompt.
         num_draws: How many draws.
         temperatures: Temperatures at which the pool rule weights them.
-        most: How many candidates to return, the most frequent first.
+        max_candidates: How many candidates to return at most, the most frequent first.
         seed: Seed of the draws.
         chunk: A chunk to return in any case, up to the token that ends a text.
         thoughts: Thoughts after the prompt.
@@ -97,7 +97,7 @@ def draw_alternatives(
         draws_N1K = model.draw_chunks(state_1D, number, randomness.begin(len(draws)))
         draws += [tuple(chunk) for chunk in draws_N1K[:, 0].tolist()]
     drawn = _candidates(draws, temperatures, ends_of(model.config))
-    candidates = drawn[:most]
+    candidates = drawn[:max_candidates]
     if chunk and not any(candidate.tokens == tuple(chunk) for candidate in candidates):
         undrawn = Candidate(tuple(chunk), 0, [0.0] * len(temperatures))
         candidates.append(

@@ -137,7 +137,7 @@ class ChunkBatch:
                 failed += self._admit_next(1, partial(self._replace, index))
         try:
             self._open = (
-                self._open.part(_active(self._open)) if self._open is not None and self._rows else None
+                self._open.select(_active(self._open)) if self._open is not None and self._rows else None
             )
         except Exception as error:
             logger.debug("finished rows stay in memory (%s)", reason_of(error))
@@ -151,8 +151,8 @@ class ChunkBatch:
         part = self._ready[0]
         indices = _active(part)
         try:
-            remaining = [part.part(indices[max_rows:])] if len(indices) > max_rows else []
-            admit(part.part(indices[:max_rows]))
+            remaining = [part.select(indices[max_rows:])] if len(indices) > max_rows else []
+            admit(part.select(indices[:max_rows]))
         except Exception as error:
             failed = _fail([part.rows[index] for index in indices[:max_rows]], error)
             self._ready = [part for part in self._ready if _active(part)]
@@ -162,13 +162,13 @@ class ChunkBatch:
 
     def _replace(self, index: int, part: OpenRows) -> None:
         assert self._open is not None
-        self._open = self._open.replaced(index, part)
+        self._open = self._open.with_row(index, part)
 
     def _append(self, parts: Sequence[OpenRows]) -> list[Failed]:
         """Add rows to those being generated; if that fails for a prompt, its rows leave."""
         try:
             if parts:
-                self._open = OpenRows.joined([*([] if self._open is None else [self._open]), *parts])
+                self._open = OpenRows.concat([*([] if self._open is None else [self._open]), *parts])
         except Exception as error:
             if len(parts) == 1:
                 return _fail(parts[0].rows, error)
@@ -208,7 +208,7 @@ class ChunkBatch:
                 chunks_RK[ended] = self._pad  # They keep their slots for others, and are read as padding.
                 remaining = sampled
             if self._rows:
-                self._open = self._read_chunks(rows.part(remaining), chunks_RK[remaining])
+                self._open = self._read_chunks(rows.select(remaining), chunks_RK[remaining])
             elif not self._num_ready:
                 self._open = None
         except Exception:
@@ -222,7 +222,7 @@ class ChunkBatch:
         assert rows is not None
         snapshot = _Snapshot.of(rows.rows)
         try:
-            self._open = rows.part([index])
+            self._open = rows.select([index])
             self._advance()
         except Exception as error:
             return Failed(rows.rows[index], error)
@@ -240,7 +240,7 @@ class ChunkBatch:
         remaining: list[OpenRows] = []
         for half in (indices[:middle], indices[middle:]):
             try:
-                self._open = rows.part(half)
+                self._open = rows.select(half)
             except Exception as error:
                 results += _fail([rows.rows[index] for index in half], error)
                 continue
@@ -248,7 +248,7 @@ class ChunkBatch:
             remaining += [self._open] if self._open is not None and self._rows else []
         self._open = remaining[0] if remaining else None
         try:
-            self._open = OpenRows.joined(remaining) if remaining else None
+            self._open = OpenRows.concat(remaining) if remaining else None
         except Exception as error:
             logger.debug("half of the rows are waiting for memory (%s)", reason_of(error))
             self._ready[:0] = remaining[1:]

@@ -18,7 +18,7 @@ from calm.core.chunks import as_id_tensor, end_after_eos, is_after_eos
 from calm.core.random import Randomness, generators_of_rows, select_rows
 from calm.core.samplers import Sampler
 from calm.core.temperature import ChunkSample
-from calm.models.context import check_room, room_beside
+from calm.models.context import check_room, remaining_context
 from calm.models.generation.ahead import CompiledSteps
 from calm.models.generation.arguments import REFUSED, check_arguments, num_texts
 from calm.models.generation.model import ChunkModel
@@ -157,7 +157,7 @@ class ChunkGenerationMixin:
             randomness = generators_of_rows(seed, rows, self.device)
         thoughts = thoughts_for(self.config, num_thoughts, warns=True)
         longest, num_thought = int(mask_BT.bool().sum(-1).max()), num_tokens_of(thoughts, self.config)
-        room = room_beside(self.config, longest + num_thought) or 0
+        room = remaining_context(self.config, longest + num_thought) or 0
         budget = _num_new_tokens(config, prompt_BT.shape[1], room)
         check_room(self.config, longest, budget, num_thought)
         stopping = Stopping(config, stopping_criteria, tokenizer, prompt_BT, mask_BT)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
 
-from calm.models.attention import NormedAttention, projected, rotated
+from calm.models.attention import NormedAttention, apply_rotary, project_qkv
 
 # Rotary embeddings whose frequencies do not depend on the length of a text.
 _FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
@@ -50,8 +50,9 @@ class ChunkStep(nn.Module):
         for layer, keys_RHCd, values_RHCd in zip(model.backbone.layers, cache[::2], cache[1::2], strict=True):
             attention = layer.self_attn
             normed_RD = layer.input_layernorm(x_RD)
-            query_RGd, key_RHd, value_RHd = projected(attention, normed_RD)
-            query_RGd, key_RHd = rotated(query_RGd, cos_R1d, sin_R1d), rotated(key_RHd, cos_R1d, sin_R1d)
+            query_RGd, key_RHd, value_RHd = project_qkv(attention, normed_RD)
+            query_RGd = apply_rotary(query_RGd, cos_R1d, sin_R1d)
+            key_RHd = apply_rotary(key_RHd, cos_R1d, sin_R1d)
             # Under autocast, the cache has the dtype that autocast chose for the prompt.
             keys_RHCd.index_put_(slot, key_RHd.to(keys_RHCd.dtype))
             values_RHCd.index_put_(slot, value_RHd.to(values_RHCd.dtype))

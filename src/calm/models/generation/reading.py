@@ -186,9 +186,9 @@ class PromptReader:
         caches = [reading.cache for reading in readings]
         may_think = any(reading.num_thoughts for reading in readings)
         before = [reading.hidden_1D for reading in readings] if may_think else None
-        states_RD, cache = read_on(self._model, pieces, caches, before)
+        states_RD, cache = prefill(self._model, pieces, caches, before)
         # All parts before any is stored: after a failure they are read again, and nothing may be read twice.
-        parts = [cache.part([row]) for row in range(len(readings))]
+        parts = [cache.select([row]) for row in range(len(readings))]
         for row, reading in enumerate(readings):
             reading.cache, reading.hidden_1D = parts[row], states_RD[row : row + 1]
 
@@ -198,10 +198,10 @@ class PromptReader:
         if bool(reading.hidden_1D.isfinite().all()):
             self._prefixes.keep(reading.plain_CK, reading.cache)
         copies = [0] * len(reading.rows)
-        return OpenRows(reading.rows, reading.hidden_1D[copies], reading.cache.part(copies))
+        return OpenRows(reading.rows, reading.hidden_1D[copies], reading.cache.select(copies))
 
 
-def read_on(
+def prefill(
     model: ChunkModel,
     pieces: Sequence[Tensor],
     caches: Sequence[SlotCache | None],
@@ -225,7 +225,7 @@ def read_on(
     if filled is None:
         joint = DynamicCache(config=model.config.backbone)
     else:
-        slots = SlotCache.joined([filled.empty_row() if cache is None else cache for cache in caches])
+        slots = SlotCache.concat([filled.empty_row() if cache is None else cache for cache in caches])
         joint, mask_before_RC = slots.to_transformers(model.config.backbone)
         position_RC = position_RC + torch.tensor(slots.lengths, device=device).unsqueeze(-1)
         mask_RC = torch.cat([mask_before_RC.to(device), mask_RC], dim=1)

@@ -79,17 +79,17 @@ class OpenRows:
     cache: SlotCache
 
     @classmethod
-    def joined(cls, parts: Sequence["OpenRows"]) -> "OpenRows":
+    def concat(cls, parts: Sequence["OpenRows"]) -> "OpenRows":
         """Concatenate the rows of several."""
         if len(parts) == 1:
             return parts[0]
         return cls(
             [row for part in parts for row in part.rows],
             torch.cat([part.hidden_RD for part in parts]),
-            SlotCache.joined([part.cache for part in parts]),
+            SlotCache.concat([part.cache for part in parts]),
         )
 
-    def replaced(self, index: int, other: "OpenRows") -> "OpenRows":
+    def with_row(self, index: int, other: "OpenRows") -> "OpenRows":
         """Put a single row in the slot of one that has ended, whose memory it takes over.
 
         Args:
@@ -101,11 +101,11 @@ class OpenRows:
         cache.put(index, other.cache)
         return OpenRows([*self.rows[:index], *other.rows, *self.rows[index + 1 :]], hidden_RD, cache)
 
-    def part(self, indices: Sequence[int]) -> "OpenRows":
+    def select(self, indices: Sequence[int]) -> "OpenRows":
         """Some of the rows, in their order."""
         if len(indices) == len(self.rows):
             return self
         index_R = torch.tensor(indices, dtype=torch.long, device=self.hidden_RD.device)
         return OpenRows(
-            [self.rows[index] for index in indices], self.hidden_RD[index_R], self.cache.part(indices)
+            [self.rows[index] for index in indices], self.hidden_RD[index_R], self.cache.select(indices)
         )

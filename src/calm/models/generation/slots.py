@@ -53,7 +53,7 @@ class SlotCache:
         return cls([(moved(layer.keys), moved(layer.values)) for layer in filled], mask_RC.sum(-1).tolist())
 
     @classmethod
-    def joined(cls, parts: Sequence["SlotCache"]) -> "SlotCache":
+    def concat(cls, parts: Sequence["SlotCache"]) -> "SlotCache":
         """The rows of several caches in one."""
         lengths = [length for part in parts for length in part.lengths]
         capacity = _rounded(max(lengths) + 1)
@@ -120,7 +120,7 @@ class SlotCache:
                 states_RHCd[row, :, length:] = 0
         self.lengths[row] = length
 
-    def part(self, rows: Sequence[int]) -> "SlotCache":
+    def select(self, rows: Sequence[int]) -> "SlotCache":
         """Some rows, which may be repeated, without capacity that none of them needs.
 
         They are copied, unless these are all rows in order.

@@ -129,7 +129,7 @@ class LeanSteps:
     def keep(self, indices: Sequence[int]) -> None:
         """See `Steps`."""
         assert self._cache is not None
-        self._cache = self._cache.part(indices)
+        self._cache = self._cache.select(indices)
 
 
 class TransformersSteps:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calm.core.random import GivenNumbers, Request, RequestRecorder, numbers_for
+from calm.core.random import PredrawnNumbers, Request, RequestRecorder, numbers_for
 from calm.errors import reason_of
 from calm.models.generation.compiled_files import load_function
 from calm.models.generation.lean import ChunkStep
@@ -57,7 +57,7 @@ class _Draw(nn.Module):
 
     def forward(self, prepared_M: Tensor, *numbers_1MU: Tensor) -> tuple[Tensor, Tensor]:
         with traced_checks() as checks:
-            given = GivenNumbers(numbers_1MU)
+            given = PredrawnNumbers(numbers_1MU)
             chunks_1MK = self.model.head.draw_chunks(prepared_M, 1, given, self.temperature)
         is_finite = torch.stack(checks).all() if checks else torch.ones((), dtype=torch.bool)
         return chunks_1MK[0], is_finite

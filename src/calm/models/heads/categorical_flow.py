@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from calm.core.categorical import evidence, follow_endpoints, last_time, times_of_steps
 from calm.core.cross_entropy import cross_entropy
 from calm.core.random import Randomness
-from calm.models.blocks import PartedLinear, ZeroLinear
+from calm.models.blocks import SlicedLinear, ZeroLinear
 from calm.models.heads.contract import Target
 from calm.models.heads.fields import HeadFlops
 from calm.models.heads.logits import token_distributions
@@ -89,7 +89,7 @@ class CategoricalFlowHead(TokenHead, StepHead):
         super().__init__(config, hidden_size, latent_size)
         # A direct path: otherwise the hidden state only scales and shifts the network's norms.
         self.direct = ZeroLinear(hidden_size, config.output_size(latent_size))
-        self.scores = PartedLinear(config.rank, config.vocab_size)
+        self.scores = SlicedLinear(config.rank, config.vocab_size)
         self.code_size = latent_size // config.chunk_size
 
     def prepare(self, states_PD: Tensor) -> Tensor:

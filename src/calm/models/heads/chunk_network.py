@@ -70,7 +70,7 @@ class ChunkNetwork(nn.Module):
         )
         x_NPKD = self.inp(inputs_NPX).unsqueeze(-2) + self.embed_places.weight
         for block, modulation_P in zip(self.blocks, modulations, strict=True):
-            x_NPKD = block.modulated(x_NPKD, modulation_P.unsqueeze(-2))  # type: ignore[operator]
+            x_NPKD = block.forward_modulated(x_NPKD, modulation_P.unsqueeze(-2))  # type: ignore[operator]
         return self.out(self.out_norm(x_NPKD)) + direct_P.unflatten(-1, (self.chunk_size, -1))
 
 

@@ -309,10 +309,10 @@ def require_finite(drawn: Tensor) -> None:
     if (checks := _traced.get()) is not None:
         checks.append(is_finite)
     elif not bool(is_finite):
-        refuse_damaged(drawn.dtype)
+        raise_not_finite(drawn.dtype)
 
 
-def refuse_damaged(dtype: torch.dtype) -> NoReturn:
+def raise_not_finite(dtype: torch.dtype) -> NoReturn:
     """Raise the error for a draw that is not finite."""
     raise NotFiniteError(
         f"the head drew a latent or score that is not finite (in {dtype}); "

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from calm.models.blocks import PartedLinear, ZeroLinear
+from calm.models.blocks import SlicedLinear, ZeroLinear
 from calm.models.heads.contract import require_finite
 from calm.models.heads.fields import HeadConfig, HeadFlops, check_counts
 from calm.models.heads.likelihood import LikelihoodHead
@@ -111,7 +111,7 @@ class DecoderHead(LikelihoodHead):
         later_size = (config.chunk_size - 1) * hidden_size
         self.inject = ZeroLinear(hidden_size, later_size, bias=False) if later_size else nn.Identity()
         self.scores = (
-            None if config.has_tied_scores else PartedLinear(hidden_size, config.vocab_size, bias=False)
+            None if config.has_tied_scores else SlicedLinear(hidden_size, config.vocab_size, bias=False)
         )
 
     def attach_backbone(self, backbone: nn.Module) -> None:

@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from calm.core.energy import energy_loss, energy_loss_to_gaussian
 from calm.core.random import Randomness, uniform
-from calm.models.blocks import PartedLinear, ZeroLinear
+from calm.models.blocks import SlicedLinear, ZeroLinear
 from calm.models.heads.contract import LatentHead, Target
 from calm.models.heads.fields import HeadConfig, HeadFlops
 
@@ -78,7 +78,7 @@ class _Block(GradientCheckpointingLayer):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(size, eps=eps)
-        self.merge = PartedLinear(2 * size, size)
+        self.merge = SlicedLinear(2 * size, size)
         self.hidden = nn.Linear(size, size)
         self.gate_and_up = nn.Linear(size, 2 * size)
         self.down = nn.Linear(size, size)

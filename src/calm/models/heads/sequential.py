@@ -102,7 +102,7 @@ class SequentialHead(TokenClassesHead, LikelihoodHead):
         for k, uniform_NP in enumerate(uniform_NPK.unbind(-1)):
             x_NPD = self.inp(torch.cat(embedded[-size:], dim=-1)) + self.embed_places.weight[k]
             for block, modulation in zip(self.blocks, modulations, strict=True):
-                x_NPD = block.modulated(x_NPD, modulation)  # type: ignore[operator]
+                x_NPD = block.forward_modulated(x_NPD, modulation)  # type: ignore[operator]
             vectors_NPR = self.out(self.out_norm(x_NPD)) + direct_PKR[:, k]
             vectors_MR = vectors_NPR.flatten(0, 1)
             tokens_M, check_M = vocabulary.choose(vectors_MR, uniform_NP.flatten(), temperature)

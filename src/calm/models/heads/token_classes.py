@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calm.core.classes import classes_by_neighbours
-from calm.models.blocks import PartedLinear
+from calm.models.blocks import SlicedLinear
 from calm.models.heads.fields import check_counts
 from calm.models.heads.token_head import TokenHead, TokenHeadConfig
 from calm.models.heads.vocabulary import ClassedTokens, OneSoftmax, TwoSoftmaxes, Vocabulary
@@ -89,7 +89,7 @@ class TokenClassesHead(TokenHead):
     """
 
     config: TokenClassesConfig
-    class_scores: PartedLinear
+    class_scores: SlicedLinear
     """Vectors -> class logits, if there are classes; the rows of `scores` are then in class order."""
     tokens_by_class: Tensor
     """Tokens in class order, (V,), if there are classes."""
@@ -115,11 +115,11 @@ class TokenClassesHead(TokenHead):
         """
         config = self.config
         if config.num_classes == 1:
-            self.scores = PartedLinear(config.rank, config.vocab_size)
+            self.scores = SlicedLinear(config.rank, config.vocab_size)
             return
-        self.class_scores = PartedLinear(class_rank, config.num_filled_classes)
+        self.class_scores = SlicedLinear(class_rank, config.num_filled_classes)
         # In class order; the last class may be padded.
-        self.scores = PartedLinear(config.rank, config.num_filled_classes * config.class_size)
+        self.scores = SlicedLinear(config.rank, config.num_filled_classes * config.class_size)
         self.register_buffer("tokens_by_class", torch.arange(config.vocab_size))
 
     def _output_layers(self) -> list[nn.Module]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from calm.models.blocks import PartedLinear
+from calm.models.blocks import SlicedLinear
 from calm.models.heads.contract import MIN_TEMPERATURE, GenerativeHead
 from calm.models.heads.fields import HeadConfig, check_counts
 
@@ -44,7 +44,7 @@ class TokenHead(GenerativeHead):
     """A head whose last layer outputs vocabulary logits."""
 
     config: TokenHeadConfig
-    scores: PartedLinear
+    scores: SlicedLinear
     """The last layer: token vectors -> vocabulary logits."""
 
     @torch.no_grad()
