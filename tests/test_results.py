@@ -72,7 +72,12 @@ def test_what_is_told_beforehand_is_what_happens(text, tmp_path, monkeypatch):
     before = torch.random.get_rng_state()
     (forecast,) = forecasts_of(Run(recipe, run, resume=True), data)  # The autoencoder is finished.
     assert torch.equal(before, torch.random.get_rng_state())
-    assert (forecast.name, forecast.steps, forecast.done, forecast.tokens) == ("language model", 8, 3, 8 * 64)
+    assert (forecast.name, forecast.steps, forecast.steps_done, forecast.tokens) == (
+        "language model",
+        8,
+        3,
+        8 * 64,
+    )
     assert forecast.epochs == 8 * 64 / data.counts().tokens["train"]
     assert forecast.seconds is not None and forecast.seconds > 0
     assert "for the 5 steps left" in str(forecast)
