@@ -27,6 +27,7 @@ from calm.training.optimizers import build_optimizer
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import read_recipe
 
+CPU = torch.device("cpu")
 RECIPES = ("laptop", "laptop, a Transformer", "demo", "demo_baseline", "draft", "laptop_quick")
 
 
@@ -52,7 +53,7 @@ def step(recipe: Recipe, is_fast: bool) -> Callable[[], Tensor]:
 
     def run() -> Tensor:
         labels = ids.masked_fill(torch.rand(ids.shape) < 0.02, IGNORED_LABEL)
-        with fast_float32(recipe.language_model.hidden_size) if is_fast else contextlib.nullcontext():
+        with fast_float32(CPU, recipe.language_model.hidden_size) if is_fast else contextlib.nullcontext():
             return take_step(
                 model, optimizer, lambda: model(input_ids=ids, labels=labels, position_ids=positions).loss
             )

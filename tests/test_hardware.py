@@ -58,18 +58,23 @@ def test_fast_float32_is_float32():
     for rows, inner, columns in ((1, 64, 64), (48, 96, 200), (700, 256, 512), (3000, 64, 4096)):
         left = torch.randn(rows, inner, generator=generator)
         right = torch.randn(inner, columns, generator=generator)
-        with fast_float32(128):
+        with fast_float32(CPU, 128):
             product = left @ right
         error = (product - left.double() @ right.double()).abs().max()
         assert error < 1e-5 * inner**0.5  # In bfloat16 it would be 1e-2.
 
 
-@pytest.mark.parametrize(("is_faster", "width"), [(True, 128), (True, 127), (False, 128)])
-def test_fast_float32_puts_the_setting_back(monkeypatch, is_faster, width):
+@pytest.mark.parametrize(
+    ("is_faster", "device", "width"),
+    [(True, "cpu", 128), (True, "cpu", 127), (False, "cpu", 128), (True, "cuda", 128)],
+)
+def test_fast_float32_puts_the_setting_back(monkeypatch, is_faster, device, width):
     monkeypatch.setattr(hardware, "_has_faster_float32", lambda: is_faster)
     before = torch.get_float32_matmul_precision()
-    with pytest.raises(KeyError), fast_float32(width):
-        assert torch.get_float32_matmul_precision() == ("medium" if is_faster and width == 128 else before)
+    with pytest.raises(KeyError), fast_float32(torch.device(device), width):
+        assert torch.get_float32_matmul_precision() == (
+            "medium" if (is_faster, device, width) == (True, "cpu", 128) else before
+        )
         raise KeyError
     assert torch.get_float32_matmul_precision() == before
 
@@ -80,7 +85,7 @@ def test_precisions_of_single_backends_are_left_alone(monkeypatch):
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:
-        with fast_float32(128):
+        with fast_float32(CPU, 128):
             assert matmul.fp32_precision == "bf16"
         assert matmul.fp32_precision == "bf16"
     finally:

@@ -38,14 +38,20 @@ def processor_name() -> str:
     name = ""
     if platform.system() == "Darwin":
         name = _output_of("sysctl", "-n", "machdep.cpu.brand_string")
-    elif (cpuinfo := Path("/proc/cpuinfo")).is_file():
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    else:
+        lines = _cpuinfo().splitlines()
         name = next((line.partition(":")[2] for line in lines if line.startswith("model name")), "")
     return " ".join(name.split()) or platform.processor() or platform.machine()
 
 
+def _cpuinfo() -> str:
+    """What Linux says of the processor; empty elsewhere."""
+    file = Path("/proc/cpuinfo")
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+
+
 @contextmanager
-def fast_float32(width: int) -> Iterator[None]:
+def fast_float32(device: torch.device, width: int) -> Iterator[None]:
     """Multiply float32 matrices with oneDNN instead of MKL where that is faster and as precise.
 
     On AMD processors MKL does not use AVX-512; oneDNN does, and large products are about twice as fast.
@@ -54,9 +60,11 @@ def fast_float32(width: int) -> Iterator[None]:
     over narrow heads is slower too, which layers of width 64 do not make up for.
 
     Args:
+        device: Where the model is. The setting is of the whole process, and would round float32 on a GPU, so
+            nothing changes unless this is a CPU.
         width: Hidden size of the model; if it is less than 128, nothing changes.
     """
-    if width >= _MIN_WIDTH and _has_faster_float32():
+    if device.type == "cpu" and width >= _MIN_WIDTH and _has_faster_float32():
         with _medium_precision():
             yield
     else:
@@ -80,9 +88,7 @@ def _medium_precision() -> Iterator[None]:
 @functools.cache
 def _has_faster_float32() -> bool:
     """Whether this is an AMD processor with AVX-512, on which "medium" precision rounds nothing."""
-    described = Path("/proc/cpuinfo")
-    is_amd = described.is_file() and "AuthenticAMD" in described.read_text(encoding="utf-8", errors="replace")
-    if not is_amd or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if "AuthenticAMD" not in _cpuinfo() or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     with _medium_precision():
         return all(_is_exact(rows) for rows in (32, 512, 4096))
@@ -118,7 +124,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float | None:
         return 2 * size**3 / seconds
 
     try:
-        with fast_float32(_MIN_WIDTH):
+        with fast_float32(device, _MIN_WIDTH):
             if device.type == "cpu" and (emulated := rate(128, 5)) < _EMULATED:
                 return emulated
             return rate(8192 if device.type == "cuda" else 1024, 3)
@@ -168,7 +174,7 @@ def mixed_precision_gain(device: torch.device, width: int) -> float:
 
         return run
 
-    with fast_float32(width):
+    with fast_float32(device, width):
         rounds = [_quickest(training_pass(False), 1) / _quickest(training_pass(True), 1) for _ in range(6)]
     return statistics.median(rounds[1:])
 

@@ -94,7 +94,7 @@ def score_model(
     for name, ngram_model in ngram_models(ngrams or [], data, size):
         floors[name] = score_ngrams_brier(ngram_model, blocks, num_blocks, seed)
         floor_perplexities[name] = score_ngrams_perplexity(ngram_model, blocks, num_blocks)
-    with fast_float32(model.config.get_text_config().hidden_size):
+    with fast_float32(model.device, model.config.get_text_config().hidden_size):
         brier = score_brier(model, blocks, num_blocks, seed, num_draws=num_draws, estimator=estimator)
         perplexity = score_perplexity(model, blocks, num_blocks) if view.has_likelihood else None
     card = Scorecard(

@@ -160,7 +160,7 @@ def seconds_per_step(
             with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
                 network(input_ids=tokens, labels=tokens, **teacher_output).loss.backward()
 
-        with fast_float32(network.config.get_text_config().hidden_size):  # As the Trainer does.
+        with fast_float32(device, network.config.get_text_config().hidden_size):  # As the Trainer does.
             seconds = accumulation * _seconds_of(backward, device) + _seconds_of(optimizer.step, device)
     except torch.OutOfMemoryError:
         return None  # Training will report it.

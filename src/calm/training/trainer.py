@@ -111,7 +111,7 @@ class ChunkTrainer(Trainer):
         """
         checkpoint = self._checkpoint()
         width = self._network.config.get_text_config().hidden_size
-        with tracked(self, self._stage.tracking), fast_float32(width):
+        with tracked(self, self._stage.tracking), fast_float32(self.args.device, width):
             self._train_from(checkpoint)
             if not self.settings.evaluate_every:
                 self.evaluate()
