@@ -66,15 +66,7 @@ def run_server(
     for limit, value in limits.items():
         if not (value > 0 or (value == 0 and limit in _MAY_BE_ZERO)):  # Written so that NaN fails too.
             raise InputError(f"{limit} must be above 0, got {value}.")
-    draws = min(ServerSettings.draws, limits["max_draws"])
-    try:
-        Hosts(allowed_hosts)
-        sampler_from(temperature=temperature, num_draws=draws, max_draws=draws)
-    except ValueError as error:
-        raise InputError(str(error)) from error
     key = _read_key(api_key_file)
-    network, tokenizer = load_language_model_and_tokenizer(model, head)
-    thoughts = thoughts_of(network.config)
     settings = ServerSettings(
         name=name or Path(model).resolve().name,
         api_key=key,
@@ -82,6 +74,13 @@ def run_server(
         allowed_hosts=[*allowed_hosts, *([host] if is_host_name(host) else [])],
         **limits,
     )
+    try:
+        Hosts(allowed_hosts)
+        sampler_from(temperature=temperature, num_draws=settings.draws, max_draws=settings.draws)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    network, tokenizer = load_language_model_and_tokenizer(model, head)
+    thoughts = thoughts_of(network.config)
     writer: CalmForCausalLM | DraftedWriter
     if draft is not None:
         if thoughts is not None:
