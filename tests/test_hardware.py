@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, MptConfig, PreTrainedConfig
 
 from calm import hardware
-from calm.hardware import fast_float32, matrix_rate, mixed_precision_gain, read_rate, thread_gain
+from calm.hardware import fast_float32, matrix_rate, mixed_precision_gain, read_rate, thread_gain, width_of
+from calm.models.configuration import CalmConfig
 
 CPU = torch.device("cpu")
 
@@ -131,3 +133,10 @@ def test_rounding_to_bfloat16_is_noticed(monkeypatch):
     real = torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: real(a.bfloat16(), b.bfloat16()).float())
     assert not hardware._is_exact(64)
+
+
+def test_the_width_of_any_model_is_asked_for():
+    assert width_of(LlamaConfig(hidden_size=96)) == 96
+    assert width_of(CalmConfig(backbone_config={"hidden_size": 128})) == 128
+    assert width_of(MptConfig(d_model=256)) == 256
+    assert width_of(PreTrainedConfig()) == 0

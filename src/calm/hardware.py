@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from calm.models.loading import best_device
 
@@ -69,6 +70,11 @@ def fast_float32(device: torch.device, width: int) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def width_of(config: PreTrainedConfig) -> int:
+    """Hidden size of a model; 0 if its configuration has another name for it."""
+    return getattr(config.get_text_config(), "hidden_size", 0)
 
 
 @contextmanager

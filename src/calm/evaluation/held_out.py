@@ -20,7 +20,7 @@ from calm.evaluation.perplexity import PerplexityResult, evaluate_ngram_perplexi
 from calm.evaluation.processes import Batch
 from calm.evaluation.reconstruction import ReconstructionResult, evaluate_reconstruction
 from calm.evaluation.scorers import AutoencoderCeiling, Estimator, scorer_of
-from calm.hardware import fast_float32
+from calm.hardware import fast_float32, width_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.context import check_context
 from calm.models.language_model import language_model
@@ -94,7 +94,7 @@ def score_model(
     for name, ngram_model in ngram_models(ngrams or [], data, size):
         floors[name] = score_ngrams_brier(ngram_model, blocks, num_blocks, seed)
         floor_perplexities[name] = score_ngrams_perplexity(ngram_model, blocks, num_blocks)
-    with fast_float32(model.device, model.config.get_text_config().hidden_size):
+    with fast_float32(model.device, width_of(model.config)):
         brier = score_brier(model, blocks, num_blocks, seed, num_draws=num_draws, estimator=estimator)
         perplexity = score_perplexity(model, blocks, num_blocks) if view.has_likelihood else None
     card = Scorecard(

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from calm.data.prepared import PreparedData
-from calm.hardware import device_name, fast_float32
+from calm.hardware import device_name, fast_float32, width_of
 from calm.quantities import duration, short
 from calm.training.build import new_autoencoder, untrained_language_model
 from calm.training.checkpoints import checkpoints_in, step_of
@@ -160,7 +160,7 @@ def seconds_per_step(
             with torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
                 network(input_ids=tokens, labels=tokens, **teacher_output).loss.backward()
 
-        with fast_float32(device, network.config.get_text_config().hidden_size):  # As the Trainer does.
+        with fast_float32(device, width_of(network.config)):  # As the Trainer does.
             seconds = accumulation * _seconds_of(backward, device) + _seconds_of(optimizer.step, device)
     except torch.OutOfMemoryError:
         return None  # Training will report it.

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, ProgressCallback, Trainer
 from calm.data.counts import pluralize
 from calm.data.streaming import CURSOR, BlockStream
 from calm.errors import InputError, NotFiniteError, RunError, Terminated, reason_of
-from calm.hardware import fast_float32
+from calm.hardware import fast_float32, width_of
 from calm.models.language_model import language_model
 from calm.storage.disk import disk_errors
 from calm.training.arguments import TrainingStage, training_arguments
@@ -110,7 +110,7 @@ class ChunkTrainer(Trainer):
             Terminated: If SIGTERM asked the run to stop; it has written a checkpoint.
         """
         checkpoint = self._checkpoint()
-        width = self._network.config.get_text_config().hidden_size
+        width = width_of(self._network.config)
         with tracked(self, self._stage.tracking), fast_float32(self.args.device, width):
             self._train_from(checkpoint)
             if not self.settings.evaluate_every:
