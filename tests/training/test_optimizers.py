@@ -12,8 +12,9 @@ from calm import register_optimizer
 from calm.data.stories import write_stories
 from calm.errors import InputError
 from calm.training import optimizers
+from calm.training.check import check_steps
 from calm.training.optimizers import build_optimizer, build_scheduler, check_optimizer
-from calm.training.recipe import OptimizerSettings
+from calm.training.recipe import OptimizerSettings, TrainingSettings
 from calm.training.recipe_files import with_settings
 from calm.training.stages import train_autoencoder
 from calm.training.thinking import reset_optimizer
@@ -159,6 +160,29 @@ def test_one_that_does_not_take_its_settings_is_told_before_any_work():
             check_optimizer(OptimizerSettings(name="adamm"))
     finally:
         del optimizers._BUILDERS["refusing"]
+
+
+def test_an_optimizer_that_needs_parts_of_the_model_is_not_refused_before_there_is_one(monkeypatch):
+    def build(model, settings):
+        return torch.optim.SGD([{"params": model.head.parameters()}], settings.learning_rate)
+
+    monkeypatch.setattr(optimizers, "_BUILDERS", dict(optimizers._BUILDERS))
+    register_optimizer("head_only", build)
+    check_optimizer(OptimizerSettings(name="head_only"))
+    optimizer = build_optimizer(tiny_model(), OptimizerSettings(name="head_only", learning_rate=0.5))
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "is_warned"),
+    [("adamw", 2e-2, True), ("adamw", 3e-4, False), ("adamw", 1e-2, False), ("muon", 2e-2, False)],
+)
+def test_adamw_at_the_learning_rate_of_muon_is_warned_about(name, rate, is_warned, caplog):
+    settings = TrainingSettings(
+        steps=2, batch_tokens=64, optimizer=OptimizerSettings(name=name, learning_rate=rate)
+    )
+    check_steps(settings, "language_model.training", 32, 1)
+    assert ("is adamw with a learning rate of 0.02" in caplog.text) == is_warned
 
 
 @pytest.mark.parametrize(
