@@ -8,6 +8,7 @@ from toy import failure
 
 from calm.cli import main
 from calm.commands import COMMANDS
+from calm.errors import InputError
 from calm.training.recipe_files import read_recipe
 
 WRONG = [
@@ -153,6 +154,27 @@ def test_odd_recipes_are_one_sentence(text, capsys, tmp_path):
     (tmp_path / "odd.yaml").write_text(text)
     told = failure(capsys, "train", "--recipe", tmp_path / "odd.yaml", "--output", tmp_path / "run")
     assert "odd.yaml' is not valid YAML" in told or "seed must be a whole number" in told
+
+
+def test_a_traceback_of_a_users_own_code_can_be_asked_for(capsys, monkeypatch):
+    def fails_to_build():
+        raise NameError("undefined_name")
+
+    def command():
+        try:
+            fails_to_build()
+        except NameError as error:
+            raise InputError("the recipe does not define a valid model.") from error
+
+    monkeypatch.setattr("calm.cli._run", lambda arguments: command())
+    assert "Traceback" not in failure(capsys, "doctor")
+    for value, is_shown in (("1", True), ("0", False)):
+        monkeypatch.setenv("CALM_TRACEBACK", value)
+        with pytest.raises(SystemExit):
+            main(["doctor"])
+        printed = capsys.readouterr().err
+        assert ("in fails_to_build" in printed) == is_shown
+        assert printed.splitlines()[-1] == "calm: error: the recipe does not define a valid model."
 
 
 def test_a_name_of_several_lines_is_told_in_one(capsys, tmp_path):
