@@ -171,12 +171,13 @@ class PreparedData:
         return [(start, text[len(start) :]) for start, text in zip(beginnings, texts, strict=True)]
 
 
-def load_prepared(path: Path) -> PreparedData:
+def load_prepared(path: Path | str) -> PreparedData:
     """Open a prepared folder.
 
     Raises:
         InputError: If it is not a prepared folder, or is damaged.
     """
+    path = Path(path)
     if not (path / INFO).is_file():
         raise InputError(f"'{path}' is not a prepared folder (it has no {INFO}); run `calm prepare` first.")
     try:
