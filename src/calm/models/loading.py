@@ -98,7 +98,9 @@ def load_model(name: str, **kwargs: Any) -> CalmForCausalLM:
     return _load(CalmForCausalLM, name, **kwargs)
 
 
-def load_model_and_tokenizer(name: str | Path, **kwargs: Any) -> tuple[CalmForCausalLM, PreTrainedTokenizerBase]:
+def load_model_and_tokenizer(
+    name: str | Path, **kwargs: Any
+) -> tuple[CalmForCausalLM, PreTrainedTokenizerBase]:
     """Load a CALM onto this machine's best device, with its tokenizer.
 
     Raises:
