@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
     from calm.models.generation.sampler_registry import register_sampler, sampler_from
     from calm.models.heads import GenerativeHead, HeadConfig, LatentHead, register_head
-    from calm.models.loading import load_autoencoder, load_language_model_and_tokenizer
+    from calm.models.loading import load_autoencoder, load_language_model_and_tokenizer, load_model_and_tokenizer
     from calm.texts import continue_texts
     from calm.training.blocks import block_settings
     from calm.training.finetuning import finetune
@@ -63,6 +63,7 @@ _MODULES = {
     "finetune": "calm.training.finetuning",
     "load_autoencoder": "calm.models.loading",
     "load_language_model_and_tokenizer": "calm.models.loading",
+    "load_model_and_tokenizer": "calm.models.loading",
     "load_prepared": "calm.data.prepared",
     "load_tokenizer": "calm.data.tokenizer",
     "make_blocks": "calm.data.chunking",
@@ -106,6 +107,7 @@ __all__ = [
     "finetune",
     "load_autoencoder",
     "load_language_model_and_tokenizer",
+    "load_model_and_tokenizer",
     "load_prepared",
     "load_tokenizer",
     "make_blocks",
