@@ -179,7 +179,7 @@ def test_missing_files_are_refused(tmp_path, monkeypatch, capsys):
 
 
 def test_file_of_the_hub_is_read_from_the_cache(tokenizer, tmp_path, monkeypatch):
-    """The hub's client has left it there; the hub is not asked again."""
+    """The cache has the layout of the hub's client; the hub itself is not queried."""
     model = model_of("llama")
     snapshot = tmp_path / "models--owner--name/snapshots" / ("0" * 40)
     (snapshot / "sub").mkdir(parents=True)
