@@ -156,7 +156,7 @@ def test_model_equal_to_its_teacher_has_no_loss_and_no_gradient():
     teacher_output = teacher.output(**batch)._replace(hidden_BTD=None)
     loss = model(**batch, teacher_output=teacher_output).loss
     loss.backward()
-    assert abs(float(loss)) < 1e-12
+    assert abs(loss.item()) < 1e-12
     assert max(float(weight.grad.abs().max()) for weight in model.backbone.layers.parameters()) < 1e-9
 
 
