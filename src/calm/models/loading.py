@@ -275,7 +275,7 @@ def config_of(name: str) -> PreTrainedConfig:
 
 def _load_error(name: str, error: Exception) -> InputError:
     if Path(name).exists():
-        return InputError(f"cannot load '{name}': it is damaged ({reason_of(error)}).")
+        return InputError(f"cannot load '{name}': it is damaged, or not supported ({reason_of(error)}).")
     return InputError(not_loaded_from_hub(name, reason_of(error)))
 
 
