@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from enumeration import OutcomeEnumerator, distribution_of_outcomes, draws_without_replacement, largest_error
 from scipy import stats
-from worlds import Worlds, distribution_of_outcomes, draws_without_replacement, largest_error
 
 from calm.core import speculative
 from calm.core.branches import TEXT, Branches
@@ -43,12 +43,12 @@ def p_value(observed, expected):
 SHAPES = [{(): 1, (0,): 1}, {(): 2}, {(): 3, (1,): 1}, {(): 2, (0,): 2}, {}]
 
 
-def grown(shape, worlds, text):
+def grown(shape, enumerator, text):
     """A draft that is drawn from the distributions of `of_text`."""
     tokens, parents, tips = [], [], {(): (TEXT, [*text])}
     for way, number in shape.items():
         place, before = tips[way]
-        drawn = worlds.choose(draws_without_replacement(of_text(before)[1].tolist(), number))
+        drawn = enumerator.choose(draws_without_replacement(of_text(before)[1].tolist(), number))
         for which, token in enumerate(drawn):
             tips[(*way, which)] = (len(tokens), [*before, token])
             tokens.append(token)
@@ -58,12 +58,12 @@ def grown(shape, worlds, text):
 
 def error_of(shape, monkeypatch):
     """Of the texts that come out, over all drafts and decisions, behind several texts."""
-    worlds, worst = Worlds(), 0.0
-    worlds.patch(monkeypatch)
+    enumerator, worst = OutcomeEnumerator(), 0.0
+    enumerator.patch(monkeypatch)
     for text in ([], [0], [1], [2], [1, 1]):
 
         def run(text=text):
-            draft = grown(shape, worlds, text)
+            draft = grown(shape, enumerator, text)
             model_at, draft_at = (
                 lambda place, which=which: of_text([*text, *draft.tokens_to(place)])[which]
                 for which in (0, 1)
@@ -71,7 +71,7 @@ def error_of(shape, monkeypatch):
             accepted = accept_by_ratio(draft, model_at, draft_at)
             return (*(draft.tokens_G[place] for place in accepted.nodes), accepted.next_token)
 
-        outcomes = distribution_of_outcomes(worlds, run)
+        outcomes = distribution_of_outcomes(enumerator, run)
         worst = max(worst, largest_error(outcomes, lambda before, text=text: of_text([*text, *before])[0]))
     return worst
 

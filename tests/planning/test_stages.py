@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from planning_recipes import really, stages
+from planning_recipes import build_network, stages
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import LlamaConfig
 
@@ -25,7 +25,7 @@ def test_the_stages_are_those_of_training(recipe, names):
     found = stages(recipe)
     assert [stage.name for stage in found] == names
     for stage in found:
-        network = really(stage)
+        network = build_network(stage)
         assert [(name, p.shape, p.requires_grad) for name, p in stage.network.named_parameters()] == [
             (name, p.shape, p.requires_grad) for name, p in network.named_parameters()
         ]
@@ -56,7 +56,7 @@ def test_fine_tuning_trains_all_or_adapters():
 def test_a_batch_is_what_the_network_is_called_with():
     """Run for real, the losses of a batch are those of its shape."""
     for stage in stages():
-        network = really(stage)
+        network = build_network(stage)
         torch.manual_seed(0)
         loss = network(**stage.batch(2)).loss
         assert loss.isfinite() and loss.ndim == 0
