@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from enumeration import OutcomeEnumerator, distribution_of_outcomes, draws_without_replacement, largest_error
 from scipy import stats
-from worlds import Worlds, distribution_of_outcomes, draws_without_replacement, largest_error
 
 from calm.core import speculative
 from calm.core.branches import TEXT, Branches
@@ -43,12 +43,12 @@ def p_value(observed, expected):
 SHAPES = [{(): 1, (0,): 1}, {(): 2}, {(): 3, (1,): 1}, {(): 2, (0,): 2}, {}]
 
 
-def sample_draft(shape, worlds, text):
+def sample_draft(shape, enumerator, text):
     """A draft of a shape, sampled from the draft's distributions."""
     tokens, parents, nodes = [], [], {(): (TEXT, [*text])}
     for path, number in shape.items():
         parent, before = nodes[path]
-        drawn = worlds.choose(draws_without_replacement(distributions_after(before)[1].tolist(), number))
+        drawn = enumerator.choose(draws_without_replacement(distributions_after(before)[1].tolist(), number))
         for sibling, token in enumerate(drawn):
             nodes[(*path, sibling)] = (len(tokens), [*before, token])
             tokens.append(token)
@@ -58,12 +58,12 @@ def sample_draft(shape, worlds, text):
 
 def error_of_distribution(shape, monkeypatch):
     """Largest error of the texts' distribution after several texts, over all drafts and decisions."""
-    worlds, worst = Worlds(), 0.0
-    worlds.patch(monkeypatch)
+    enumerator, worst = OutcomeEnumerator(), 0.0
+    enumerator.patch(monkeypatch)
     for text in ([], [0], [1], [2], [1, 1]):
 
         def run(text=text):
-            draft = sample_draft(shape, worlds, text)
+            draft = sample_draft(shape, enumerator, text)
             model_at, draft_at = (
                 lambda node, index=index: distributions_after([*text, *draft.tokens_to(node)])[index]
                 for index in (0, 1)
@@ -71,7 +71,7 @@ def error_of_distribution(shape, monkeypatch):
             accepted = accept_by_ratio(draft, model_at, draft_at)
             return (*(draft.tokens_G[node] for node in accepted.nodes), accepted.next_token)
 
-        outcomes = distribution_of_outcomes(worlds, run)
+        outcomes = distribution_of_outcomes(enumerator, run)
         error = largest_error(outcomes, lambda before, text=text: distributions_after([*text, *before])[0])
         worst = max(worst, error)
     return worst

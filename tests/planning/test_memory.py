@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 import torch.distributed as dist
-from planning_recipes import really, stages
+from planning_recipes import build_network, stages
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -32,7 +32,7 @@ def bytes_of(tensors):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_weights_are_those_of_a_real_network(recipe):
     planned = footprint(recipe)
-    network, parts = really(planned.stage), planned.parts(1)
+    network, parts = build_network(planned.stage), planned.parts(1)
     assert parts[WEIGHTS] == bytes_of(p for p in network.parameters() if p.requires_grad)
     frozen = [p for p in network.parameters() if not p.requires_grad]
     assert parts.get(FROZEN, 0) == bytes_of([*frozen, *network.buffers()])
@@ -41,7 +41,7 @@ def test_weights_are_those_of_a_real_network(recipe):
 @pytest.mark.parametrize("optimizer", ["muon", "adamw", "lion", "adafactor", "sgd"])
 def test_state_is_that_of_a_real_optimizer_after_a_step(optimizer):
     planned = footprint(language_model__training__optimizer__name=optimizer)
-    network = really(planned.stage)
+    network = build_network(planned.stage)
     stepped = build_optimizer(network, planned.stage.settings.optimizer)
     network(**planned.stage.batch(1)).loss.backward()
     stepped.step()
@@ -70,7 +70,7 @@ def test_activations_are_what_a_real_forward_pass_saves(recipe, stage):
     planned = footprint(
         recipe, stage, data__layout="packed", language_model__training__optimizer__name="adamw"
     )
-    network, saved = really(planned.stage), {}
+    network, saved = build_network(planned.stage), {}
     batch = planned.stage.batch(8)
     not_activations = {id(tensor.untyped_storage()) for tensor in tree_leaves((batch, network.state_dict()))
               if isinstance(tensor, torch.Tensor)}  # fmt: skip

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from planning_recipes import really, stages
+from planning_recipes import build_network, stages
 from transformers import DynamicCache
 
 from calm.flops import Work, cost_of
@@ -18,7 +18,7 @@ L4 = CARDS["L4"]
 @pytest.mark.parametrize("recipe", ["demo", "demo_sequential", "demo_baseline"])
 def test_cache_and_weights_are_those_of_a_real_network(recipe):
     stage = stages(recipe)[-1]
-    network = really(stage).to(torch.bfloat16).eval()
+    network = build_network(stage).to(torch.bfloat16).eval()
     cache = DynamicCache(config=getattr(stage.config, "backbone", stage.config))
     network(torch.zeros(1, 32, dtype=torch.long), **{CACHE: cache}, use_cache=True)
     cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

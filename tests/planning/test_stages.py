@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from planning_recipes import really, stages
+from planning_recipes import build_network, stages
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import LlamaConfig
 
@@ -25,7 +25,7 @@ def test_stages_are_those_of_training(recipe, names):
     planned = stages(recipe)
     assert [stage.name for stage in planned] == names
     for stage in planned:
-        network = really(stage)
+        network = build_network(stage)
         assert [(name, p.shape, p.requires_grad) for name, p in stage.network.named_parameters()] == [
             (name, p.shape, p.requires_grad) for name, p in network.named_parameters()
         ]
@@ -55,7 +55,7 @@ def test_fine_tuning_trains_all_weights_or_only_adapters():
 def test_planned_batch_can_be_passed_to_a_real_network():
     """Its loss is a finite number."""
     for stage in stages():
-        network = really(stage)
+        network = build_network(stage)
         torch.manual_seed(0)
         loss = network(**stage.batch(2)).loss
         assert loss.isfinite() and loss.ndim == 0

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from drafts import deciding_model, distribution_of_texts, drafting_model, p_value, some_prompts
+from enumeration import OutcomeEnumerator, distribution_of_outcomes, largest_error
 from transformers import LogitsProcessorList, TemperatureLogitsWarper
-from worlds import Worlds, distribution_of_outcomes, largest_error
 
 from calm.core import speculative
 from calm.core.branches import TEXT, Branches
@@ -122,8 +122,8 @@ def outcomes_of_round(monkeypatch, num_earlier_rounds):
     candidate of their draft.
     """
     model, draft = deciding_model(3), drafting_model(chunk_size=2, vocab_size=4)
-    worlds, [prompt] = Worlds(), [[1, 2, 2, 0, 1]]
-    worlds.patch(monkeypatch, growing, drafted_text)
+    enumerator, [prompt] = OutcomeEnumerator(), [[1, 2, 2, 0, 1]]
+    enumerator.patch(monkeypatch, growing, drafted_text)
     before = {}
 
     def run():
@@ -142,7 +142,7 @@ def outcomes_of_round(monkeypatch, num_earlier_rounds):
         before["text"] = text.ids_1T[0].tolist()
         return tuple(text.run_round(9))
 
-    return distribution_of_outcomes(worlds, run), before["text"], model
+    return distribution_of_outcomes(enumerator, run), before["text"], model
 
 
 def error_of_round(monkeypatch, num_earlier_rounds):
