@@ -27,7 +27,11 @@ if TYPE_CHECKING:
     from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
     from calm.models.generation.sampler_registry import register_sampler, sampler_from
     from calm.models.heads import GenerativeHead, HeadConfig, LatentHead, register_head
-    from calm.models.loading import load_autoencoder, load_language_model_and_tokenizer, load_model_and_tokenizer
+    from calm.models.loading import (
+        load_autoencoder,
+        load_language_model_and_tokenizer,
+        load_model_and_tokenizer,
+    )
     from calm.texts import continue_texts
     from calm.training.blocks import block_settings
     from calm.training.finetuning import finetune

@@ -5,7 +5,7 @@ import torch
 
 from calm.core.chunks import IGNORED_LABEL, find_targets
 from calm.data.examples import Example, read_examples
-from calm.data.reasoning import Layout
+from calm.data.reasoning import RowLayout
 from calm.data.tasks import write_items
 from calm.data.tokenizer import train_tokenizer
 from calm.errors import InputError
@@ -18,7 +18,7 @@ THOUGHTS = Thoughts(0, BOS, EOS)
 
 def lay_out(chunk_size, left_out, num_thoughts, context=64, example=EXAMPLE):
     """Tokens of the prompt and thoughts, written tokens, and the labels of the latter."""
-    layout = Layout(chunk_size, context, PAD, THOUGHT)
+    layout = RowLayout(chunk_size, context, PAD, THOUGHT)
     thoughts = [] if num_thoughts is None else THOUGHTS.tokens(chunk_size, num_thoughts)
     row = layout.row(example, left_out, thoughts)
     return row.before, row.after, row.labels[len(row.before) :]
@@ -57,7 +57,7 @@ def test_leaving_out_steps_keeps_the_remaining_chunks(chunk_size):
 @pytest.mark.parametrize("chunk_size", [1, 2, 4])
 def test_written_tokens_of_a_batch_start_in_the_same_column(chunk_size):
     """Whatever the lengths and numbers of thoughts; only written steps and answers are targets."""
-    layout = Layout(chunk_size, 64, PAD, THOUGHT)
+    layout = RowLayout(chunk_size, 64, PAD, THOUGHT)
     longer = Example([BOS, *range(50, 59)], [42, EOS], EXAMPLE.steps)
     rows = [
         layout.row(example, left_out, THOUGHTS.tokens(chunk_size, thoughts))
@@ -88,7 +88,7 @@ def test_question_tokens_have_no_labels():
     for chunk_size in (1, 2, 4):
         first, second = lay_out(chunk_size, 1, 2), lay_out(chunk_size, 1, 2, example=other)
         assert first[1:] == second[1:] and first[0] != second[0]
-        layout = Layout(chunk_size, 64, PAD, THOUGHT)
+        layout = RowLayout(chunk_size, 64, PAD, THOUGHT)
         labels = layout.batch([layout.row(EXAMPLE, 1, THOUGHTS.tokens(chunk_size, 2))])["labels"]
         assert torch.all(labels[:, : len(first[0])] == X)
 
@@ -149,7 +149,7 @@ def test_steps_of_conversations_are_refused(tmp_path):
 @pytest.mark.parametrize(("chunk_size", "per_step"), [(1, 1), (1, 3), (2, 2), (4, 1), (4, 2)])
 def test_thoughts_are_labelled_with_their_steps(chunk_size, per_step):
     """A thought is labelled with a chunk of the step that it replaces; markers have no labels."""
-    layout = Layout(chunk_size, 64, PAD, THOUGHT)
+    layout = RowLayout(chunk_size, 64, PAD, THOUGHT)
     for num_steps in (0, 1, 2):
         thoughts = THOUGHTS.tokens(chunk_size, num_steps * per_step)
         step_labels = layout.step_labels(EXAMPLE, thoughts, per_step)

@@ -12,12 +12,12 @@ from calm.flops import teaching_flops, training_flops
 from calm.models.loading import load_language_model_and_tokenizer
 from calm.planning.devices import CARDS, Devices
 from calm.planning.memory import ACTIVATIONS, BUCKETS, FROZEN, WORKSPACE, Footprint
-from calm.planning.pace import Speed, pace_of
+from calm.planning.pace import SpeedAssumptions, pace_of
 from calm.planning.plan import make_plan
 from calm.planning.stages import stages_of
 from calm.training.recipe_files import read_recipe, with_settings
 
-SPEED, TEACHER = Speed(0.5, 1e9), "language_model.teacher.model"
+SPEED, TEACHER = SpeedAssumptions(0.5, 1e9), "language_model.teacher.model"
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from planning_recipes import stages
 from calm.flops import training_flops
 from calm.planning.devices import CARDS, Devices
 from calm.planning.memory import Footprint, bytes_of
-from calm.planning.pace import Speed, bytes_sent, pace_of
+from calm.planning.pace import SpeedAssumptions, bytes_sent, pace_of
 
-SPEED = Speed(utilisation=0.5, link=1e9)
+SPEED = SpeedAssumptions(utilisation=0.5, link=1e9)
 
 
 def plan_and_pace(count=1, sharing="one process", speed=SPEED, card="H100", **settings):
@@ -75,9 +75,9 @@ def test_bytes_sent():
 
 def test_slower_of_compute_and_communication_bounds_the_step():
     _, fast_link = plan_and_pace(
-        8, "DDP", Speed(0.001, 1e12), language_model__training__optimizer__name="adamw"
+        8, "DDP", SpeedAssumptions(0.001, 1e12), language_model__training__optimizer__name="adamw"
     )
-    _, slow_link = plan_and_pace(8, "DDP", Speed(1, 1e6))
+    _, slow_link = plan_and_pace(8, "DDP", SpeedAssumptions(1, 1e6))
     assert fast_link.bound == "compute" and slow_link.bound == "communication"
     assert slow_link.step_seconds == slow_link.seconds["communication"] + slow_link.seconds["optimizer"]
     assert fast_link.step_seconds == fast_link.seconds["compute"] + fast_link.seconds["optimizer"]

@@ -8,11 +8,11 @@ from planning_recipes import SMALL, SMALL_AUTOENCODER
 
 from calm.planning.devices import CARDS, Devices
 from calm.planning.memory import GRADIENTS, WEIGHTS
-from calm.planning.pace import Speed
+from calm.planning.pace import SpeedAssumptions
 from calm.planning.plan import make_plan
 from calm.training.recipe_files import read_recipe, with_settings
 
-SPEED = Speed(0.4, 50e9)
+SPEED = SpeedAssumptions(0.4, 50e9)
 
 
 def plan(devices=1, memory=24e9, **settings):

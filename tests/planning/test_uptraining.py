@@ -11,7 +11,7 @@ from calm.errors import InputError
 from calm.flops import Work, cost_of
 from calm.planning.devices import CardFigures, devices_of
 from calm.planning.memory import GATHERED, STATE, WEIGHTS, Footprint
-from calm.planning.pace import Speed, pace_of
+from calm.planning.pace import SpeedAssumptions, pace_of
 from calm.planning.stages import stages_of
 from calm.training.continuing import config_to_continue
 from calm.training.recipe_files import read_recipe, with_settings, write_recipe
@@ -77,7 +77,7 @@ def test_shipped_recipes_fit_on_their_gpus(recipe, sizes, cards, gigabytes, hour
     assert parts[STATE] == pytest.approx(2 * weight_bytes / devices.count, rel=1e-3)
     assert sum(parts.values()) / 1e9 == pytest.approx(gigabytes, abs=0.5)
     assert sum(parts.values()) < devices.device.usable
-    pace = pace_of(footprint, sharing, devices, Speed(0.4, 50e9))
+    pace = pace_of(footprint, sharing, devices, SpeedAssumptions(0.4, 50e9))
     assert pace.total_seconds / 3600 == pytest.approx(hours, abs=0.3)
     assert pace.steps * pace.step_tokens == loaded.language_model.training.tokens
     work = Work(positions=loaded.data.context // SIZE)

@@ -15,15 +15,15 @@ from calm.hardware import matrix_rate
 from calm.training import overview
 from calm.training.recipe import TrainingSettings
 from calm.training.recipe_files import with_settings
-from calm.training.speed import Speed
+from calm.training.speed import SpeedMeter
 from calm.training.stages import train
 
 CPU = torch.device("cpu")
 
 
-def start_measuring(flops) -> Speed:
+def start_measuring(flops) -> SpeedMeter:
     """Speed from step 5 on, of steps with 100 tokens."""
-    speed = Speed(100, flops, CPU, torch.float32)
+    speed = SpeedMeter(100, flops, CPU, torch.float32)
     speed.on_train_begin(None, SimpleNamespace(global_step=5), None)
     return speed
 

@@ -5,7 +5,7 @@ from tiny import tiny_model
 from torch.testing import assert_close
 
 from calm.data.examples import Example, read_examples
-from calm.data.reasoning import Layout
+from calm.data.reasoning import RowLayout
 from calm.data.tokenizer import train_tokenizer
 from calm.evaluation.answers import completions_of, ends_with_completion
 from calm.models.thoughts import THOUGHT, Thoughts
@@ -19,7 +19,7 @@ MARKERS = (2, 1)  # BOS and EOS.
 def test_targets_of_thoughts_are_steps_with_padding(mode, backbone_input):
     """For steps that do not fill their chunks, whatever the backbone reads there."""
     model = tiny_model(4, backbone_input=backbone_input)
-    layout = Layout(4, 64, 0, THOUGHT)
+    layout = RowLayout(4, 64, 0, THOUGHT)
     example = Example([2, 11, 12], [9, 1], ([11, 12, 13, 14], [16, 17]))
     between = Thoughts(2, *MARKERS, mode).tokens(4)
     batch = layout.batch([layout.row(example, 2, between, layout.step_labels(example, between, 1))])

@@ -15,7 +15,7 @@ from calm.hardware import matrix_rate
 from calm.training.teacher import Teacher
 
 
-class Speed(TrainerCallback):
+class SpeedMeter(TrainerCallback):
     """Measures tokens per second and utilization since the last reading, and peak memory so far.
 
     Args:

@@ -36,7 +36,7 @@ from calm.training.optimizers import build_optimizer, build_scheduler, follow_sc
 from calm.training.processes import processes
 from calm.training.progress import StageProgress
 from calm.training.sharding import KeepTiedEmbedding, check_checkpoint, keep_autocast, unsharded_copy
-from calm.training.speed import Speed, known_training_flops
+from calm.training.speed import SpeedMeter, known_training_flops
 from calm.training.trackers import tracked
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class ChunkTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self._progress = StageProgress(stage.name)
         self.add_callback(self._progress)
-        self._speed = Speed(
+        self._speed = SpeedMeter(
             settings.batch_tokens // self.args.world_size,
             known_training_flops(model.config, blocks.context, stage.teacher),
             self.args.device,
