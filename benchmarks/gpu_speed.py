@@ -21,13 +21,13 @@ from torch import Tensor
 from transformers.utils import is_flash_attn_2_available
 
 from calm.flops import training_flops
+from calm.hardware import matrix_rate
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmConfig
 from calm.training.build import model_config
 from calm.training.optimizers import build_optimizer
 from calm.training.recipe import Recipe
 from calm.training.recipe_files import read_recipe, with_settings
-from calm.training.speed import matrix_rate
 
 # Recipe -> vocabulary size.
 RECIPES = {"one_gpu": 32_000, "calm_m": 128_256}

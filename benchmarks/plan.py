@@ -29,7 +29,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, Train
 
 from calm.planning.devices import Device, Devices
 from calm.planning.memory import Footprint, Sharing
-from calm.planning.pace import Speed, pace_of
+from calm.planning.pace import SpeedAssumptions, pace_of
 from calm.planning.stages import PlannedStage, stages_of
 from calm.training.arguments import TrainingStage
 from calm.training.blocks import Blocks
@@ -219,8 +219,10 @@ def compare_times() -> None:
         measured = measured_seconds(case)
         footprint, devices = Footprint(case.planned(), is_gpu=False), Devices(1, card)
         if utilisation is None:
-            utilisation = pace_of(footprint, "one process", devices, Speed(1, 1e9)).step_seconds / measured
-        planned = pace_of(footprint, "one process", devices, Speed(utilisation, 1e9)).step_seconds
+            utilisation = (
+                pace_of(footprint, "one process", devices, SpeedAssumptions(1, 1e9)).step_seconds / measured
+            )
+        planned = pace_of(footprint, "one process", devices, SpeedAssumptions(utilisation, 1e9)).step_seconds
         print(f"| {name} | {planned:.3f} | {measured:.3f} | {planned / measured:.2f} |", flush=True)
     print(f"\nutilisation of the first: {utilisation:.0%}")
 

@@ -17,12 +17,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from calm import register_format
+from calm import read_recipe, register_format, train, with_settings
 from calm.data.options import ReadingOptions
 from calm.data.reading import numbered_lines
 from calm.errors import InputError
-from calm.training.recipe_files import read_recipe, with_settings
-from calm.training.stages import train
 
 # A subtitle is its number, its times, and one or more lines of what is said, up to a blank line:
 #

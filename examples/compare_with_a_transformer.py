@@ -9,10 +9,10 @@ and report.html, with what each of the two writes.
 import argparse
 from pathlib import Path
 
+from calm import read_recipe, with_settings
 from calm.comparison.ladder import train_ladder
 from calm.comparison.measures import Measures, compare
 from calm.report.comparison import print_comparison, write_comparison
-from calm.training.recipe_files import read_recipe, with_settings
 
 
 def main() -> None:

@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 
+from calm import load_language_model_and_tokenizer, read_recipe, train, with_settings
 from calm.data.stories import write_stories
 from calm.models.drafting.generate import Drafting
 from calm.models.drafting.loading import load_draft
-from calm.models.loading import load_language_model_and_tokenizer
 from calm.models.shipped import folder_of
 from calm.text.encoding import encode_documents
-from calm.training.recipe_files import read_recipe, with_settings
-from calm.training.stages import train
 
 PROMPT, NEW_TOKENS = "Once upon a time", 120
 

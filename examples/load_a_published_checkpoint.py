@@ -8,10 +8,9 @@ Both folders are as released (config.json and weights); the tokenizer is taken f
 import argparse
 from pathlib import Path
 
-from calm.data.tokenizer import load_tokenizer
+from calm import continue_texts, load_tokenizer
 from calm.flops import Work, cost_of
 from calm.models.published import load_published
-from calm.texts import continue_texts
 
 
 def main() -> None:

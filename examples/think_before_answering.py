@@ -12,14 +12,11 @@ from pathlib import Path
 
 from transformers import set_seed
 
+from calm import CalmAutoencoder, CalmForCausalLM, FinetuningRecipe, finetune, train_tokenizer
 from calm.data.tasks import write_items
-from calm.data.tokenizer import train_tokenizer
-from calm.models.autoencoder import CalmAutoencoder
-from calm.models.calm import CalmForCausalLM
 from calm.storage.disk import read_json_lines
 from calm.training.build import autoencoder_config, language_model_config, special_tokens_of
-from calm.training.finetuning import finetune
-from calm.training.finetuning_recipe import AnswerSettings, ExampleSettings, FinetuningRecipe, ThoughtSettings
+from calm.training.finetuning_recipe import AnswerSettings, ExampleSettings, ThoughtSettings
 from calm.training.recipe import (
     AutoencoderSettings,
     LanguageModelSettings,

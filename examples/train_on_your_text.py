@@ -9,14 +9,17 @@ then `calm evaluate` and `calm generate`.
 import argparse
 from pathlib import Path
 
-from calm.data.prepared import load_prepared
-from calm.evaluation.held_out import score_model
-from calm.models.loading import load_model_and_tokenizer
+from calm import (
+    block_settings,
+    continue_texts,
+    load_model_and_tokenizer,
+    load_prepared,
+    read_recipe,
+    score_model,
+    train,
+    with_settings,
+)
 from calm.report.tables import print_scorecard
-from calm.texts import continue_texts
-from calm.training.blocks import block_settings
-from calm.training.recipe_files import read_recipe, with_settings
-from calm.training.stages import train
 
 
 def main() -> None:
@@ -33,7 +36,7 @@ def main() -> None:
         recipe = with_settings(recipe, {"language_model.training.steps": arguments.steps})
     folder = train(recipe, arguments.output, resume=(arguments.output / "recipe.yaml").is_file())
 
-    model, tokenizer = load_model_and_tokenizer(str(folder))
+    model, tokenizer = load_model_and_tokenizer(folder)
     data = load_prepared(arguments.output / "data")
     print_scorecard(score_model(model, data, block_settings(recipe), ngrams=[3]))
     for beginning, _ in data.held_out_beginnings(2):

@@ -1,4 +1,4 @@
-"""A browser for tests, where there is one."""
+"""Chromium for tests, if it is installed."""
 
 import shutil
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @contextmanager
 def chromium_if_any() -> Iterator[Browser]:
-    """Chromium; while it runs, no other event loop may. Tests are skipped where it is missing."""
+    """A running Chromium, or the test is skipped. Playwright allows no other event loop meanwhile."""
     if CHROMIUM is None:
-        pytest.skip("no Chromium here")
-    with sync_playwright() as running:
-        browser = running.chromium.launch(
+        pytest.skip("Chromium is not installed")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
             executable_path=CHROMIUM,
             args=["--no-sandbox", "--disable-background-networking", "--disable-sync"],
         )

@@ -16,7 +16,7 @@ from tiny import tiny_model
 
 from calm.models.calm import CalmForCausalLM
 
-os.fsync = lambda descriptor: None  # Nothing here has to outlive a power cut.
+os.fsync = lambda descriptor: None  # No test has to survive a power cut.
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported stays: every run collects garbage, and need not look through all of that again."""
+    """Imported modules stay, so later garbage collections need not scan them."""
     gc.collect()
     gc.freeze()
 
@@ -39,14 +39,14 @@ def _seed():
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_compiled_yet(tmp_path_factory, monkeypatch):
-    """What the user has compiled is not looked at."""
+def _empty_compile_cache(tmp_path_factory, monkeypatch):
+    """Tests do not see what the user has compiled."""
     monkeypatch.setenv("CALM_CACHE", str(tmp_path_factory.getbasetemp() / "no_cache"))
 
 
 @pytest.fixture(autouse=True)
-def _notes_are_caught():
-    """The command line keeps the notes of the package to itself, and an earlier test may have run it."""
+def _propagating_logger():
+    """Lets `caplog` see the package's messages, even if an earlier test has run `main`, which hides them."""
     logging.getLogger("calm").propagate = True
 
 

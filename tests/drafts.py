@@ -1,4 +1,4 @@
-"""Models that draft and models that decide, and how likely the texts of the latter are."""
+"""Draft models, target models that accept or reject, and the distribution of the texts of a target."""
 
 import torch
 from scipy import stats
@@ -6,13 +6,13 @@ from tiny import tiny_llama, tiny_model
 
 
 def drafting_model(head_type="sequential", chunk_size=4, **changes):
-    """A random CALM in double precision, the same each time."""
+    """A random CALM in double precision, with the same weights each time."""
     torch.manual_seed(1)
     return tiny_model(chunk_size, head_config={"head_type": head_type}, **changes).double()
 
 
 def deciding_model(vocab_size=40, **changes):
-    """A random Llama in double precision that likes some tokens much better than others."""
+    """A random target model: a Llama in double precision, whose distributions are far from uniform."""
     torch.manual_seed(2)
     model = tiny_llama(vocab_size=vocab_size, initializer_range=0.5, **changes)
     with torch.no_grad():
@@ -27,13 +27,13 @@ def some_prompts(lengths, vocab_size=40):
 
 
 def distribution_of_texts(model, prompt, length, temperature=1.0):
-    """Probability of every text of so many tokens after a prompt, {tokens: probability}."""
+    """The probability of each text of `length` tokens after a prompt, {tokens: probability}."""
     probabilities = {(): 1.0}
     for _ in range(length):
         texts = list(probabilities)
         with torch.no_grad():
-            scores_PV = model(torch.tensor([[*prompt, *text] for text in texts])).logits[:, -1]
-        rows = (scores_PV / temperature).softmax(-1).tolist()
+            logits_PV = model(torch.tensor([[*prompt, *text] for text in texts])).logits[:, -1]
+        rows = (logits_PV / temperature).softmax(-1).tolist()
         probabilities = {
             (*text, token): probabilities[text] * share
             for text, row in zip(texts, rows, strict=True)
@@ -43,7 +43,7 @@ def distribution_of_texts(model, prompt, length, temperature=1.0):
 
 
 def p_value(texts, probabilities):
-    """Of a chi-square test of texts against their distribution; rare ones are counted together."""
+    """The p-value of a chi-square test of texts against their distribution; rare texts share a bin."""
     number, counts = len(texts), dict.fromkeys(probabilities, 0)
     for text in texts:
         counts[text] += 1

@@ -1,4 +1,4 @@
-"""How long the fuzzers search: a moment in `make test`, and as CALM_FUZZ_EXAMPLES says in `make fuzz`."""
+"""How many examples the fuzzers try: a few in `make test`, CALM_FUZZ_EXAMPLES in `make fuzz`."""
 
 import os
 from datetime import timedelta

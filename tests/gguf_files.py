@@ -1,6 +1,6 @@
 """Small GGUF files, written with the gguf package as llama.cpp's converter writes them.
 
-python tests/gguf_files.py model.gguf    # one with random weights
+python tests/gguf_files.py model.gguf    # a model with random weights
 """
 
 import json
@@ -41,7 +41,7 @@ _NAMES = {
 
 
 def gguf_is_not_read() -> bool:
-    """Whether transformers is too old for these files."""
+    """Whether transformers is too old to read these files."""
     return tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
 
 
@@ -59,15 +59,15 @@ def write_gguf(
     """Write a model with its tokenizer.
 
     Args:
-        file: Where to.
-        model: A model with the layers of Llama.
+        file: Path of the new file.
+        model: A model with Llama's layers.
         tokenizer: A byte-level BPE.
-        kind: Type of the matrices; norms are F32 always.
-        architecture: Another name than that of the model's type.
-        scaling: Kind of scaling of the positions.
-        more: Further tensors.
-        leave_out: Tensors with this in their name are left out.
-        **changes: Sizes that the file tells wrongly.
+        kind: Type of the matrices; norms are always F32.
+        architecture: Its name in the header, if not the model's type.
+        scaling: Kind of RoPE scaling.
+        more: Additional tensors.
+        leave_out: Tensors with this in their names are left out.
+        **changes: Wrong sizes for the header.
     """
     config, type_of_model = model.config, model.config.model_type
     writer = gguf.GGUFWriter(file, architecture or type_of_model)
@@ -80,8 +80,8 @@ def write_gguf(
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_rope_dimension_count(size)
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_rope_dimension_count(head_size)
     if scaling is not None:
         writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
     _add_tokens(writer, tokenizer)
@@ -90,11 +90,11 @@ def write_gguf(
             continue
         values = weight.float().numpy()
         if type_of_model == "llama" and ("q_proj" in name or "k_proj" in name):
-            values = _interleaved(values, size)
-        for own, theirs in _NAMES.items():
-            name = name.replace(own, theirs)
-        own_type = TYPES[kind if values.ndim == 2 else "F32"]
-        writer.add_tensor(name, gguf.quants.quantize(values, own_type), raw_dtype=own_type)
+            values = _interleaved(values, head_size)
+        for llama_name, gguf_name in _NAMES.items():
+            name = name.replace(llama_name, gguf_name)
+        tensor_type = TYPES[kind if values.ndim == 2 else "F32"]
+        writer.add_tensor(name, gguf.quants.quantize(values, tensor_type), raw_dtype=tensor_type)
     for name, values in (more or {}).items():
         writer.add_tensor(name, values)
     writer.write_header_to_file()
@@ -104,9 +104,9 @@ def write_gguf(
     return file
 
 
-def _interleaved(values: np.ndarray, size: int) -> np.ndarray:
-    """Rows of queries or keys with the two halves of each head in turns, as llama.cpp rotates them."""
-    return values.reshape(-1, 2, size // 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+def _interleaved(values: np.ndarray, head_size: int) -> np.ndarray:
+    """Interleave the two halves of each head of queries or keys: llama.cpp rotates adjacent rows."""
+    return values.reshape(-1, 2, head_size // 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
 
 
 def _add_tokens(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that other people's models have."""
+"""Small tokenizers like those of well-known models."""
 
 import json
 
@@ -14,12 +14,12 @@ _SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """Ours: `<|bos|> $A`."""
+    """Like those that calm trains: `<|bos|> $A`."""
     return train_tokenizer(_TEXTS, 400)
 
 
 def unigram(template: str = "<s> $A </s>", prepend: str = "always") -> PreTrainedTokenizerFast:
-    """In the manner of SentencePiece, with an end after every text."""
+    """Like SentencePiece's, with an end-of-text token after every text."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme=prepend)
@@ -31,7 +31,7 @@ def unigram(template: str = "<s> $A </s>", prepend: str = "always") -> PreTraine
 
 
 def llama(template: str = "<s> $A") -> PreTrainedTokenizerFast:
-    """As the first Llama's: BPE with spaces as a letter and bytes for what it does not know."""
+    """Like the first Llama's: BPE with ▁ for spaces, and bytes for unknown characters."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -42,10 +42,10 @@ def llama(template: str = "<s> $A") -> PreTrainedTokenizerFast:
             decoders.Strip(" ", 1, 0),
         ]
     )
-    bytes_of_unknown = [f"<0x{byte:02X}>" for byte in range(256)]
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(
         vocab_size=700,
-        special_tokens=[*_SPECIAL, *bytes_of_unknown],
+        special_tokens=[*_SPECIAL, *byte_tokens],
         show_progress=False,
         max_token_length=12,
     )
@@ -66,7 +66,7 @@ def words() -> PreTrainedTokenizerFast:
 
 
 def bert() -> PreTrainedTokenizerFast:
-    """Lower-cased pieces of words between [CLS] and [SEP]."""
+    """Lower-cased word pieces between [CLS] and [SEP]."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -83,7 +83,7 @@ def bert() -> PreTrainedTokenizerFast:
 
 
 def slow() -> PreTrainedTokenizerBase:
-    """One without a fast backend, with an end after every text."""
+    """A tokenizer without a fast backend, with an end-of-text token after every text."""
     return ByT5Tokenizer()
 
 

@@ -1,4 +1,4 @@
-"""Recipes of toy size that can be planned and really built."""
+"""Recipes of toy size, small enough that what is planned can also be built."""
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
@@ -21,13 +21,13 @@ SMALL_AUTOENCODER = {
 
 
 def stages(recipe: str = "demo", devices: int = 1, **settings: object) -> list[PlannedStage]:
-    """The stages of a small recipe; double underscores stand for dots in the names of settings."""
+    """The planned stages of a small recipe; in names of settings, write __ for a dot."""
     changes = {name.replace("__", "."): value for name, value in settings.items()}
-    own = SMALL | (SMALL_AUTOENCODER if recipe in ("demo", "demo_flow") else {})
-    return stages_of(with_settings(read_recipe(recipe), own | changes), devices)
+    small = SMALL | (SMALL_AUTOENCODER if recipe in ("demo", "demo_flow") else {})
+    return stages_of(with_settings(read_recipe(recipe), small | changes), devices)
 
 
-def really(stage: PlannedStage) -> torch.nn.Module:
-    """The network of a stage, with memory."""
-    kind = AutoModel if stage.name == "autoencoder" else AutoModelForCausalLM
-    return kind.from_config(stage.config).train()
+def build_network(stage: PlannedStage) -> torch.nn.Module:
+    """The network of a stage, with real weights (plans use fake tensors)."""
+    auto_class = AutoModel if stage.name == "autoencoder" else AutoModelForCausalLM
+    return auto_class.from_config(stage.config).train()

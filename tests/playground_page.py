@@ -1,4 +1,4 @@
-"""What a person does on the page of the server, for tests in a browser."""
+"""What a user does on the playground page, for tests in a browser."""
 
 from serving_client import serving
 from tiny import tiny_model

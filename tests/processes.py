@@ -1,4 +1,4 @@
-"""`calm` in processes of its own, forked from one that has imported it: to import torch takes seconds."""
+"""Runs `calm` in new processes, forked from one that has already imported torch, which takes seconds."""
 
 import gc
 import multiprocessing
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from subprocess import CompletedProcess
 
-IMPORTED = [
+PRELOADED = [
     "calm.data.prepare",
     "calm.serving.run",
     "calm.training.finetuning",
@@ -23,17 +23,17 @@ IMPORTED = [
     "torch.distributed.launcher.api",
     "transformers.trainer",
 ]
-SECONDS = 280
+TIMEOUT_SECONDS = 280
 
 
 class Started:
-    """A process, and what it has written so far.
+    """A running process and its output so far.
 
     Args:
-        function: What it does, a function of a module.
-        arguments: Of the function.
-        environment: What is set besides what is set here.
-        file_limit: Bytes beyond which no file can grow.
+        function: The function to run, at the top level of a module.
+        arguments: Its arguments.
+        environment: Environment variables to set in addition to those of this process.
+        file_limit: The largest size that a file may have, in bytes.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Started:
         file_limit: int | None = None,
     ):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(IMPORTED)
+        context.set_forkserver_preload(PRELOADED)
         self._folder = tempfile.TemporaryDirectory()
         self._output, self._errors = (Path(self._folder.name, name) for name in ("output", "errors"))
         self._output.touch()
@@ -69,8 +69,8 @@ class Started:
         if self.is_running():
             os.kill(self.pid, number)
 
-    def wait(self, seconds: float = SECONDS) -> CompletedProcess:
-        """Its exit status, negative for a signal, and all that it wrote; it is killed if it takes longer."""
+    def wait(self, seconds: float = TIMEOUT_SECONDS) -> CompletedProcess:
+        """Its exit status, negative for a signal, and all of its output; it is killed if it takes longer."""
         self._process.join(seconds)
         if self.is_running():
             self._process.kill()
@@ -79,25 +79,25 @@ class Started:
 
 
 def start(*arguments: object, program: Path | None = None, **settings) -> Started:
-    """`calm` with these arguments, or a program that is given instead."""
+    """Start `calm`, or another program, with these arguments."""
     return Started(_run, program, [str(argument) for argument in arguments], **settings)
 
 
 def launch(
     processes: int, *arguments: object, program: Path | None = None, command: str = "train"
 ) -> CompletedProcess:
-    """`calm train`, or another command, on several processes, as torchrun starts them."""
+    """Run `calm train`, or another command, on several processes, as torchrun does."""
     words = [command, *map(str, arguments)]
-    return Started(_share, processes, program, words).wait()
+    return Started(_run_on_all, processes, program, words).wait()
 
 
 def torchrun(processes: int, *arguments: object, program: Path | None = None) -> CompletedProcess:
-    """`calm train`, started as a user does."""
+    """Run `calm train` with torchrun itself."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    what = ["-m", "calm"] if program is None else [str(program)]
-    command = [sys.executable, *launcher, *what, "train", *map(str, arguments)]
+    script = ["-m", "calm"] if program is None else [str(program)]
+    command = [sys.executable, *launcher, *script, "train", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
 
 
 def _begin(
@@ -132,7 +132,7 @@ def _run(program: Path | None, words: list[str]) -> None:
         runpy.run_path(str(program), run_name="__main__")
 
 
-def _share(processes: int, program: Path | None, words: list[str]) -> None:
+def _run_on_all(processes: int, program: Path | None, words: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 

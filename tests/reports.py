@@ -1,4 +1,4 @@
-"""Reports as tests see them: results of small numbers, pages as trees, figures as boxes on paper."""
+"""For tests of reports: small results, a strict HTML reader, and a check that figures are readable."""
 
 import itertools
 from html.parser import HTMLParser
@@ -35,7 +35,7 @@ def result_of(
 
 
 def comparison_of(*results, **changes) -> Comparison:
-    """A comparison with one floor and one prompt."""
+    """A comparison with one n-gram floor and one prompt."""
     values = {
         "results": list(results),
         "floors": {"3-gram": STRONG},
@@ -48,7 +48,7 @@ def comparison_of(*results, **changes) -> Comparison:
 
 
 def rising(flops=1e12, cross_entropy=None) -> list[Checkpoint]:
-    """Checkpoints of a model that learns."""
+    """Checkpoints of a model that improves."""
     return [
         Checkpoint(
             flops * k / 4, 5.0 * k, 10.0 * k, None if cross_entropy is None else cross_entropy - 0.1 * k
@@ -58,7 +58,7 @@ def rising(flops=1e12, cross_entropy=None) -> list[Checkpoint]:
 
 
 class Page(HTMLParser):
-    """A page, read strictly: what is opened is closed, in order.
+    """A page, read strictly: every element is closed, in the right order.
 
     `elements` are (name, attributes, text inside) in the order in which they open.
     """
@@ -69,10 +69,10 @@ class Page(HTMLParser):
         self._open: list[int] = []
         self.feed(text)
         self.close()
-        assert not self._open, [self.elements[place][0] for place in self._open]
+        assert not self._open, [self.elements[index][0] for index in self._open]
 
     def handle_starttag(self, tag, attrs):
-        assert len(dict(attrs)) == len(attrs), f"an attribute of <{tag}> is there twice"
+        assert len(dict(attrs)) == len(attrs), f"<{tag}> has an attribute twice"
         self.elements.append([tag, dict(attrs), ""])
         if tag not in _VOID:
             self._open.append(len(self.elements) - 1)
@@ -84,51 +84,51 @@ class Page(HTMLParser):
         assert self.elements[self._open.pop()][0] == tag, f"</{tag}> closes something else"
 
     def handle_data(self, data):
-        for place in self._open:
-            self.elements[place][2] += data
+        for index in self._open:
+            self.elements[index][2] += data
 
     def texts(self, tag: str, **attributes) -> list[str]:
-        """The words inside all elements of a kind."""
+        """The text of each element with this tag and these attributes."""
         return [
             " ".join(text.split())
-            for name, own, text in self.elements
-            if name == tag and attributes.items() <= own.items()
+            for name, attrs, text in self.elements
+            if name == tag and attributes.items() <= attrs.items()
         ]
 
     def attributes(self, tag: str, name: str) -> list[str]:
-        """Values of an attribute of all elements of a kind that have it."""
-        return [own[name] for kind, own, _ in self.elements if kind == tag and name in own]
+        """The values of an attribute, of all elements with this tag that have it."""
+        return [attrs[name] for element, attrs, _ in self.elements if element == tag and name in attrs]
 
 
 def check_readable(figure) -> None:
-    """Nothing that is written in a figure touches anything else, leaves the figure, or lies on the axes."""
+    """No text of a figure overlaps another or leaves the figure, and no legend covers axes."""
     figure.draw_without_rendering()
     inside = figure.bbox.padded(1)
     for axis in figure.axes:
-        written = [axis.xaxis.label, axis.yaxis.label, axis._left_title, *axis.texts]
+        texts = [axis.xaxis.label, axis.yaxis.label, axis._left_title, *axis.texts]
         for side, (low, high) in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
             ticks = side.get_major_ticks() + side.get_minor_ticks()
             labels = [
                 tick.label1 for tick in ticks if low <= tick.get_loc() <= high and tick.label1.get_text()
             ]
-            assert len(labels) >= 2, "an axis without numbers says nothing"
-            written += labels
+            assert len(labels) >= 2, "an axis needs at least two numbers"
+            texts += labels
         boxes = {
-            f"{place} {text.get_text()}": text.get_window_extent()
-            for place, text in enumerate(written)
+            f"{index} {text.get_text()}": text.get_window_extent()
+            for index, text in enumerate(texts)
             if text.get_text()
         }
-        for (one, box), (other, other_box) in itertools.combinations(boxes.items(), 2):
-            assert not box.overlaps(other_box), f"'{one}' touches '{other}'"
+        for (name, box), (other, other_box) in itertools.combinations(boxes.items(), 2):
+            assert not box.overlaps(other_box), f"'{name}' overlaps '{other}'"
         for name, box in boxes.items():
             assert inside.x0 <= box.x0 and box.x1 <= inside.x1, f"'{name}' leaves the figure"
             assert inside.y0 <= box.y0 and box.y1 <= inside.y1, f"'{name}' leaves the figure"
-        assert axis.get_legend() is None, "a legend of axes lies on their data"
+        assert axis.get_legend() is None, "a legend inside the axes covers data"
     for legend in figure.legends:
         box = legend.get_window_extent()
         assert inside.x0 <= box.x0 and box.x1 <= inside.x1 and box.y1 <= inside.y1, (
             "the legend leaves the figure"
         )
         for axis in figure.axes:
-            assert not box.overlaps(axis.get_window_extent()), "the legend lies on data"
+            assert not box.overlaps(axis.get_window_extent()), "the legend covers data"
             assert not any(box.overlaps(t.get_window_extent()) for t in [axis._left_title] if t.get_text())

@@ -1,4 +1,4 @@
-"""The house rules: imports run one way, files are short, the command line is light."""
+"""Rules for the source: imports go one way, files are short, and docs/architecture.md is up to date."""
 
 import ast
 import importlib
@@ -14,7 +14,8 @@ from calm.renamed import MOVED
 SOURCE = Path(__file__).parents[1] / "src" / "calm"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-# A room may import from rooms of a lower level only; `errors` is open to all but `core`.
+# A component, a package or module directly in calm, imports only from lower levels; all but `core` may
+# import `errors`.
 LEVELS = {
     "errors": 0,
     "extras": 0,
@@ -53,8 +54,8 @@ LEVELS = {
     "cli": 9,
     "__main__": 10,
 }
-MOST_LINES = 400
-# torch and what it needs itself, the standard library, and core.
+MAX_LINES = 400
+# torch, parts of the standard library, and core itself.
 ALLOWED_IN_CORE = {
     "functools",
     "operator",
@@ -69,12 +70,12 @@ ALLOWED_IN_CORE = {
 }
 
 
-def room_of(path: Path) -> str:
+def component_of(path: Path) -> str:
     return path.relative_to(SOURCE).with_suffix("").parts[0]
 
 
 def imports_of(path: Path) -> list[str]:
-    """Names of all modules that a file imports, at any depth, for type checkers only included."""
+    """Names of all modules that a file imports, also inside functions and for type checkers only."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     modules = []
     for node in ast.walk(tree):
@@ -83,7 +84,7 @@ def imports_of(path: Path) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             modules.append(node.module)
-            # What is imported from a package may be a module of it.
+            # A name imported from a package may be one of its modules.
             modules += [f"{node.module}.{alias.name}" for alias in node.names]
     return modules
 
@@ -94,40 +95,40 @@ def module_of(path: Path) -> str:
 
 
 def cycle_in(graph: dict[str, set[str]]) -> list[str]:
-    """Modules that import each other in a ring, the first found; empty if there is none."""
+    """The modules of the first import cycle, in order; empty if there is none."""
     done: set[str] = set()
 
-    def visit(module: str, above: list[str]) -> list[str]:
-        if module in above:
-            return above[above.index(module) :]
+    def visit(module: str, importers: list[str]) -> list[str]:
+        if module in importers:
+            return importers[importers.index(module) :]
         if module in done:
             return []
         for other in sorted(graph[module]):
-            if ring := visit(other, [*above, module]):
-                return ring
+            if cycle := visit(other, [*importers, module]):
+                return cycle
         done.add(module)
         return []
 
-    return next((ring for module in sorted(graph) if (ring := visit(module, []))), [])
+    return next((cycle for module in sorted(graph) if (cycle := visit(module, []))), [])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_imports_run_one_way(path):
-    room = room_of(path)
-    if room == "__init__":
+def test_imports_go_to_lower_levels(path):
+    component = component_of(path)
+    if component == "__init__":
         return  # The package's public names.
     for module in imports_of(path):
         if module == "calm" or not module.startswith("calm."):
             continue
         other = module.split(".")[1]
-        allowed = other == room or LEVELS[other] < LEVELS[room] or other == "errors"
-        assert allowed and (room, other) != ("core", "errors"), f"{room} must not import {module}"
+        allowed = other == component or LEVELS[other] < LEVELS[component] or other == "errors"
+        assert allowed and (component, other) != ("core", "errors"), f"{component} must not import {module}"
 
 
-def test_no_module_imports_itself_by_way_of_others():
-    """Inside a room as well, and where only a type is imported."""
+def test_there_are_no_import_cycles():
+    """Not inside a component either, nor by imports of types."""
     modules = {module_of(path): path for path in FILES}
-    modules.pop("calm")  # The public names, which import everything when they are asked for.
+    modules.pop("calm")  # The public names, which are imported lazily.
     graph = {
         module: {other for other in imports_of(path) if other in modules and other != module}
         for module, path in modules.items()
@@ -135,51 +136,51 @@ def test_no_module_imports_itself_by_way_of_others():
     assert cycle_in(graph) == []
 
 
-def test_a_cycle_would_be_found():
+def test_cycle_in_finds_cycles():
     assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["b", "c"]
     assert cycle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
-def test_core_is_torch_and_the_standard_library():
+def test_core_imports_only_torch_and_the_standard_library():
     for path in (SOURCE / "core").glob("*.py"):
         assert {module.split(".")[0] for module in imports_of(path)} <= ALLOWED_IN_CORE, path
         assert "nn.Module" not in path.read_text(encoding="utf-8")
 
 
-def test_every_room_has_a_level():
-    assert {room_of(path) for path in FILES} - {"__init__"} == set(LEVELS)
+def test_every_component_has_a_level():
+    assert {component_of(path) for path in FILES} - {"__init__"} == set(LEVELS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_files_are_short(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
 
 
-def test_names_that_say_nothing_are_not_used():
+def test_no_file_is_called_utils_or_the_like():
     assert not [path for path in FILES if re.search(r"(utils?|common|misc|helpers?|_v\d)\.py$", path.name)]
 
 
 ARCHITECTURE = (SOURCE.parents[1] / "docs/architecture.md").read_text(encoding="utf-8")
-WALKS = re.findall(r"^    (\S+(?: → \S+)+)$", ARCHITECTURE, re.MULTILINE)
+CODE_PATHS = re.findall(r"^    (\S+(?: → \S+)+)$", ARCHITECTURE, re.MULTILINE)
 
 
-@pytest.mark.parametrize("walk", WALKS)
-def test_the_walks_are_imports_that_go_down(walk):
-    steps = walk.split(" → ")
+@pytest.mark.parametrize("code_path", CODE_PATHS)
+def test_documented_code_paths_are_imports_that_go_down(code_path):
+    steps = code_path.split(" → ")
     for above, below in itertools.pairwise(steps):
         [path] = [path for path in FILES if module_of(path) == f"calm.{above}"]
         assert f"calm.{below}" in imports_of(path), f"{above} does not import {below}"
-        rooms = [step.split(".")[0] for step in (above, below)]
-        assert rooms[0] == rooms[1] or LEVELS[rooms[0]] > LEVELS[rooms[1]]
+        components = [step.split(".")[0] for step in (above, below)]
+        assert components[0] == components[1] or LEVELS[components[0]] > LEVELS[components[1]]
 
 
-def test_there_are_three_walks():
-    assert len(WALKS) >= 10 and all(
+def test_three_code_paths_are_documented():
+    assert len(CODE_PATHS) >= 10 and all(
         f"**{start}" in ARCHITECTURE for start in ("One batch", "One prompt", "One draw")
     )
 
 
-def test_the_tree_names_every_file():
+def test_documented_tree_names_every_file():
     tree = ARCHITECTURE.split("## What is where")[1].split("```")[1]
     words = set(re.findall(r"[a-z_]+", tree))
     mapped = SOURCE / "training"  # Its own map is tested in tests/training/test_map.py.
@@ -192,15 +193,15 @@ def test_the_tree_names_every_file():
     assert names - words == set()
 
 
-def test_the_table_of_rooms_is_the_table_of_levels():
+def test_documented_levels_are_those_checked_here():
     rows = re.findall(r"^\| (\d) \| ([^|]+) \|", ARCHITECTURE, re.MULTILINE)
-    told = {room: int(level) for level, rooms in rows for room in re.findall(r"`(\w+)`", rooms)}
-    assert told == {
-        room: level for room, level in LEVELS.items() if room not in ("__main__", "generation", "renamed")
+    documented = {name: int(level) for level, names in rows for name in re.findall(r"`(\w+)`", names)}
+    assert documented == {
+        name: level for name, level in LEVELS.items() if name not in ("__main__", "generation", "renamed")
     }
 
 
-def test_what_was_renamed_has_its_old_name_for_one_version():
+def test_old_names_work_with_a_warning_or_say_the_new_name():
     with pytest.warns(DeprecationWarning, match="calm.generation is now calm.texts"):
         importlib.reload(importlib.import_module("calm.generation"))
     with pytest.warns(DeprecationWarning, match="calm.TemperatureSettings is now calm.sampler_from"):
@@ -211,16 +212,16 @@ def test_what_was_renamed_has_its_old_name_for_one_version():
 
 
 @pytest.mark.parametrize("old", MOVED)
-def test_a_module_that_has_moved_says_where_it_is(old):
+def test_importing_a_moved_module_names_the_new_one(old):
     with pytest.raises(ModuleNotFoundError, match=rf"{re.escape(old)} is now "):
         importlib.import_module(old)
     for new in re.findall(r"calm[\w.]+", MOVED[old].rstrip(".")):
         importlib.import_module(new)
 
 
-def test_whether_a_network_is_a_calm_is_asked_in_one_place():
-    """Others ask `calm.models.language_model`; two take a CALM and nothing else."""
-    asked = re.compile(r"isinstance\([^)]*CalmForCausalLM")
-    files = [str(path.relative_to(SOURCE)) for path in FILES if asked.search(path.read_text("utf-8"))]
+def test_only_models_checks_whether_a_network_is_a_calm():
+    """Others use `calm.models.language_model`; the two exceptions accept nothing but a CALM."""
+    check = re.compile(r"isinstance\([^)]*CalmForCausalLM")
+    files = [str(path.relative_to(SOURCE)) for path in FILES if check.search(path.read_text("utf-8"))]
     outside = {name for name in files if not name.startswith("models/")}
     assert outside == {"harness.py", "serving/run.py"}

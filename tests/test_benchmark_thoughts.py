@@ -1,4 +1,4 @@
-"""What the benchmark of thoughts counts is what its models are trained on."""
+"""The training FLOPs that the benchmark of thoughts reports are those of the rows that it trains on."""
 
 import statistics
 from pathlib import Path
@@ -17,7 +17,7 @@ WAYS = ["cot", "drop", "no_cot", "thoughts", "pause", "at_once", "supervised", "
 
 @pytest.fixture(scope="module")
 def benchmark_of_thoughts(tmp_path_factory):
-    """The benchmark, and a folder with a few of its items."""
+    """The module of the benchmark, and a folder with a few of its items."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
         import thoughts
@@ -30,8 +30,8 @@ def benchmark_of_thoughts(tmp_path_factory):
         yield thoughts, folder
 
 
-def trained_on(cell, model, tokenizer, examples):
-    """Positions, and 1,000 times the targets, of all rows of its training and of what it begins with."""
+def cost_of_training(cell, model, tokenizer, examples):
+    """Positions plus 1,000 times targets, over all rows of a cell and of the cells that it continues from."""
     if cell is None:
         return 0.0
     from thoughts_training import ROWS, settings_of, steps_of
@@ -42,16 +42,17 @@ def trained_on(cell, model, tokenizer, examples):
         training=TrainingSettings(steps=steps_of(cell)),
     )
     thinking = thinking_of(recipe, model, tokenizer)
-    asked = [one for one in examples if cell.way != "one_hop" or len(one.steps) == 1]
-    total = trained_on(cell.before, model, tokenizer, examples)
+    used = [example for example in examples if cell.way != "one_hop" or len(example.steps) == 1]
+    total = cost_of_training(cell.before, model, tokenizer, examples)
     for step in range(steps_of(cell)):
         if step == 0 or thinking.curriculum.begins_at(step):
-            batches = [thinking.collate([thinking.row(one, thinking.curriculum.at(step))]) for one in asked]
-            places = [(batch["labels"], batch["position_ids"]) for batch in batches]
-            targets = [int(language_model(model).count_targets(*each)) for each in places]
-            positions = [position_ids.shape[1] for _, position_ids in places]
-            of_a_row = statistics.mean(positions) + 1000 * statistics.mean(targets)
-        total += ROWS * of_a_row
+            stage = thinking.curriculum.at(step)
+            batches = [thinking.collate([thinking.row(example, stage)]) for example in used]
+            inputs = [(batch["labels"], batch["position_ids"]) for batch in batches]
+            targets = [int(language_model(model).count_targets(*pair)) for pair in inputs]
+            positions = [position_ids.shape[1] for _, position_ids in inputs]
+            cost_of_row = statistics.mean(positions) + 1000 * statistics.mean(targets)
+        total += ROWS * cost_of_row
     return total
 
 
@@ -62,6 +63,7 @@ def test_training_flops_are_those_of_the_rows(kind, way, benchmark_of_thoughts, 
     from thoughts_training import Cell, new_model
 
     def count(_, prompt, thoughts, written, supervised=0):
+        """Counts what `cost_of_training` counts, in place of FLOPs."""
         between = 0 if thoughts is None else thoughts + 2
         return prompt + between + written + 1000 * (written + supervised)
 
@@ -69,6 +71,6 @@ def test_training_flops_are_those_of_the_rows(kind, way, benchmark_of_thoughts, 
     cell = Cell("path", kind, way, 1)
     model, tokenizer = load_language_model_and_tokenizer(str(new_model(cell, folder)))
     file = str(folder / "path_held_out.jsonl")
-    examples = [one for [one] in read_examples([file], tokenizer, with_steps=True)]
-    expected = trained_on(cell, model, tokenizer, examples)
+    examples = [example for [example] in read_examples([file], tokenizer, with_steps=True)]
+    expected = cost_of_training(cell, model, tokenizer, examples)
     assert benchmark.training_flops(cell, model, tokenizer, examples) == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""A conversation: what the model reads, writes and forgets, and the command around it."""
+"""A conversation: what the model reads, writes and drops, and the command `calm chat`."""
 
 import io
 import sys
@@ -40,8 +40,8 @@ def model(request):
     return tiny_model(4, vocab_size=320) if request.param == "calm" else baseline()
 
 
-def said(conversation):
-    return [(one["role"], one["content"]) for one in conversation.messages]
+def turns_of(conversation):
+    return [(turn["role"], turn["content"]) for turn in conversation.messages]
 
 
 def test_each_answer_is_what_the_model_writes_after_the_conversation(model, tokenizer):
@@ -60,43 +60,49 @@ def test_each_answer_is_what_the_model_writes_after_the_conversation(model, toke
         )
         written = conversation.last[1]
         assert new[0].tolist()[: len(written)] == written
-    assert [role for role, _ in said(conversation)] == ["system", "user", "assistant", "user", "assistant"]
+    assert [role for role, _ in turns_of(conversation)] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+    ]
     conversation.reset()
-    assert said(conversation) == [("system", "Be brief.")] and conversation.last is None
+    assert turns_of(conversation) == [("system", "Be brief.")] and conversation.last is None
     conversation.set_system("")
     assert conversation.messages == []
 
 
-def test_old_turns_make_room(model, tokenizer):
+def test_old_turns_are_dropped_to_make_room(model, tokenizer):
     conversation = Conversation(model, tokenizer, system="S", seed=0, max_new_tokens=40)
-    forgotten = [conversation.answer(f"Tell me of number {n}, please.", lambda _: None) for n in range(8)]
-    assert sum(forgotten) > 0 and all(number % 2 == 0 for number in forgotten)
-    assert said(conversation)[0] == ("system", "S") and said(conversation)[-2][1].startswith(
+    dropped = [conversation.answer(f"Tell me of number {n}, please.", lambda _: None) for n in range(8)]
+    assert sum(dropped) > 0 and all(number % 2 == 0 for number in dropped)
+    assert turns_of(conversation)[0] == ("system", "S") and turns_of(conversation)[-2][1].startswith(
         "Tell me of number 7"
     )
-    kept = len(conversation.messages)
+    num_messages = len(conversation.messages)
     with pytest.raises(InputError, match="leave no room for an answer"):
         conversation.answer("word " * 300, lambda _: None)
-    assert len(conversation.messages) == kept
+    assert len(conversation.messages) == num_messages
 
 
-def test_what_was_written_before_an_interruption_stays(model, tokenizer):
+def test_interrupted_answer_keeps_what_was_written(model, tokenizer):
     conversation = Conversation(model, tokenizer, seed=0, max_new_tokens=40)
-    heard: list[str] = []
+    parts: list[str] = []
 
     def interrupt(text: str) -> None:
-        heard.append(text)
-        if len(heard) == 4:
+        parts.append(text)
+        if len(parts) == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         conversation.answer("Go", interrupt)
-    assert said(conversation) == [("user", "Go"), ("assistant", "".join(heard).strip())]
+    assert turns_of(conversation) == [("user", "Go"), ("assistant", "".join(parts).strip())]
     conversation.answer("On", lambda _: None)
     assert len(conversation.messages) == 4
 
 
-def test_a_model_without_a_template_does_not_chat(model):
+def test_model_without_a_chat_template_is_refused(model):
     with pytest.raises(InputError, match="no chat template"):
         Conversation(model, train_tokenizer(stories(0, 20), 320))
 
@@ -122,61 +128,70 @@ def test_lines_are_answered_and_commands_obeyed(folder, monkeypatch, capsys):
         monkeypatch, capsys, folder, ["/temperature 1", "Hello", "/reset", "/temperature 0.5", "Hello"]
     )
     assert first.strip() and again.out.endswith(first) and again.err == ""
-    told = talk(
+    printed = talk(
         monkeypatch, capsys, folder, ["/nonsense", "/temperature 2", "/temperature x", "/help", "/chunks"]
     )
-    errors = told.err.splitlines()
+    errors = printed.err.splitlines()
     assert "there is no command '/nonsense'; /help lists them" in errors[0]
     assert "temperature must be at least 0 and at most 1, got 2" in errors[1]
     assert "got 'x'" in errors[2] and "there is no answer yet" in errors[3]
-    assert "/system TEXT" in told.out
+    assert "/system TEXT" in printed.out
 
 
-def test_chunks_of_an_answer_open(folder, tokenizer, monkeypatch, capsys):
+def test_alternatives_of_an_answer_include_its_chunks(tokenizer):
     torch.manual_seed(4)
-    calm = tiny_model(4, vocab_size=320)
-    conversation = Conversation(calm, tokenizer, seed=1, max_new_tokens=12)
+    conversation = Conversation(tiny_model(4, vocab_size=320), tokenizer, seed=1, max_new_tokens=12)
     conversation.answer("Hello", lambda _: None)
-    found = conversation.alternatives([1.0, 0.5], num_draws=300, max_candidates=5)
+    chunks = conversation.alternatives([1.0, 0.5], num_draws=300, max_candidates=5)
     assert conversation.last is not None
-    assert [token for chunk, _ in found for token in chunk] == conversation.last[1]
-    for chunk, alternatives in found:
-        assert sum(one.count for one in alternatives.candidates) <= 300
-        assert chunk in [list(one.tokens) for one in alternatives.candidates]
-    cut = Conversation(calm, tokenizer, seed=1, max_new_tokens=6)
-    cut.answer("Hello", lambda _: None)
-    (whole, of_whole), (part, of_part) = cut.alternatives([1.0], num_draws=20, max_candidates=1000)
-    assert whole in [list(one.tokens) for one in of_whole.candidates] and len(part) == 2
-    assert all(one.count for one in of_part.candidates)  # A part of a chunk is none that was never drawn.
+    assert [token for chunk, _ in chunks for token in chunk] == conversation.last[1]
+    for chunk, alternatives in chunks:
+        assert sum(candidate.count for candidate in alternatives.candidates) <= 300
+        assert chunk in [list(candidate.tokens) for candidate in alternatives.candidates]
+
+
+def test_a_chunk_cut_off_by_the_token_limit_is_no_candidate(tokenizer, capsys):
+    torch.manual_seed(4)
+    conversation = Conversation(tiny_model(4, vocab_size=320), tokenizer, seed=1, max_new_tokens=6)
+    conversation.answer("Hello", lambda _: None)
+    (full, of_full), (cut, of_cut) = conversation.alternatives([1.0], num_draws=20, max_candidates=1000)
+    assert full in [list(candidate.tokens) for candidate in of_full.candidates] and len(cut) == 2
+    assert all(candidate.count for candidate in of_cut.candidates)  # Only what was drawn.
     capsys.readouterr()
-    print_chunks(cut)
+    print_chunks(conversation)
     rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     assert sum(bool(row[2].strip()) for row in rows) == 1
+
+
+def test_chunks_are_printed_as_a_table(folder, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     out = talk(monkeypatch, capsys, folder, ["Hello", "/chunks"]).out
     assert "T = 1" in out and "T = 0.5" in out and out.count("│") >= 3 * 5
+
+
+def test_a_token_level_model_has_no_alternatives(tokenizer):
+    conversation = Conversation(baseline(), tokenizer, seed=1, max_new_tokens=4)
+    conversation.answer("Hello", lambda _: None)
     with pytest.raises(InputError, match="one token at a time"):
-        plain = Conversation(baseline(), tokenizer, seed=1, max_new_tokens=4)
-        plain.answer("Hello", lambda _: None)
-        plain.alternatives([1.0], 10, 1)
+        conversation.alternatives([1.0], 10, 1)
 
 
-def test_a_system_message_is_read(folder, monkeypatch, capsys):
+def test_a_system_message_changes_the_answer(folder, monkeypatch, capsys):
     plain = talk(monkeypatch, capsys, folder, ["Hello"]).out
-    told = talk(monkeypatch, capsys, folder, ["Hello"], "--system", "Speak like a cat.").out
+    with_system = talk(monkeypatch, capsys, folder, ["Hello"], "--system", "Speak like a cat.").out
     later = talk(monkeypatch, capsys, folder, ["Hi", "/system Speak like a cat.", "Hello"]).out
-    assert told != plain and later.endswith(told)
+    assert with_system != plain and later.endswith(with_system)
 
 
-def test_what_is_not_utf_8_is_refused_and_the_chat_goes_on(folder, monkeypatch, capsys):
+def test_input_that_is_not_utf_8_is_refused_and_the_chat_continues(folder, monkeypatch, capsys):
     expected = talk(monkeypatch, capsys, folder, ["Hello", "Caf\N{LATIN SMALL LETTER E WITH ACUTE}?"]).out
     lines = b"hello \xff\nHello\n/system a\xff\nCaf\xc3\xa9?\n"
-    for encoding in ("utf-8", "ascii"):  # As terminals of two kinds are read.
+    for encoding in ("utf-8", "ascii"):  # Of the terminal.
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding=encoding))
         main(["chat", str(folder), "--max_new_tokens", "12", "--seed", "5"])
-        told = capsys.readouterr()
-        assert told.out == expected
-        first, second = told.err.splitlines()
+        printed = capsys.readouterr()
+        assert printed.out == expected
+        first, second = printed.err.splitlines()
         assert first.startswith("calm: the text 'hello ") and second.startswith("calm: the text '/system a")
         assert first.endswith("is not UTF-8.") and second.endswith("is not UTF-8.")
     assert "is not UTF-8" in failure(capsys, "chat", folder, "--system", "a\udcff")
@@ -190,46 +205,46 @@ def test_what_is_not_utf_8_is_refused_and_the_chat_goes_on(folder, monkeypatch, 
         (["--sampler", "nonsense"], "nonsense"),
     ],
 )
-def test_bad_options(folder, capsys, monkeypatch, options, message):
+def test_bad_options_are_refused(folder, capsys, monkeypatch, options, message):
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert message in failure(capsys, "chat", folder, *options)
 
 
 @pytest.mark.parametrize("number", [None, 0, 12])
 def test_a_model_thinks_before_each_answer(number, tokenizer):
-    """At temperature 0 the chunks of the answer are all that could have come after these thoughts."""
+    """At temperature 0, after the same thoughts, the chunks of the answer have probability 1."""
     thinker = thinking_model(3, vocab_size=320)
     conversation = Conversation(thinker, tokenizer, seed=3, max_new_tokens=12, num_thoughts=number)
     for question in ("Who are you?", "Why?"):
         conversation.answer(question, lambda _: None, temperature=0.0)
         prompt, written = conversation.last
-        how = {"max_new_tokens": 12, "temperature": 0.0, "num_thoughts": number}
-        expected = continue_tokens(thinker, tokenizer, [prompt], **how)[0].tolist()
+        settings = {"max_new_tokens": 12, "temperature": 0.0, "num_thoughts": number}
+        expected = continue_tokens(thinker, tokenizer, [prompt], **settings)[0].tolist()
         assert expected[: len(written)] == written
         for chunk, alternatives in conversation.alternatives([0.0], num_draws=8, max_candidates=1):
-            [own] = [one for one in alternatives.candidates if list(one.tokens) == chunk]
-            assert own.probabilities == [1.0]
+            [answered] = [c for c in alternatives.candidates if list(c.tokens) == chunk]
+            assert answered.probabilities == [1.0]
 
 
-def test_thoughts_take_room_in_a_chat(tokenizer):
+def test_thoughts_take_room_from_the_conversation(tokenizer):
     thinker = thinking_model(3, vocab_size=320)
 
-    def forgotten(number):
+    def dropped(number):
         conversation = Conversation(thinker, tokenizer, seed=0, max_new_tokens=40, num_thoughts=number)
         return [conversation.answer(f"Number {n}, please.", lambda _: None) for n in range(2)]
 
-    assert (forgotten(0), forgotten(20)) == ([0, 0], [0, 2])
+    assert (dropped(0), dropped(20)) == ([0, 0], [0, 2])
     conversation = Conversation(thinker, tokenizer, num_thoughts=60)
     with pytest.raises(InputError, match=r"tokens and 248 for thoughts leave no room for an answer"):
         conversation.answer("Hello", lambda _: None)
 
 
-def test_thoughts_that_a_model_cannot_take(tokenizer):
+def test_thoughts_that_a_model_cannot_have_are_refused(tokenizer):
     with pytest.raises(InputError, match="at most 10,000, got 10001"):
         Conversation(tiny_model(4, vocab_size=320), tokenizer, num_thoughts=10_001)
     with pytest.raises(InputError, match="not a transformers LlamaForCausalLM; leave out num_thoughts"):
         Conversation(baseline(), tokenizer, num_thoughts=3)
 
 
-def test_a_model_that_continues_texts_only(capsys):
+def test_command_refuses_a_model_without_a_chat_template(capsys):
     assert "no chat template" in failure(capsys, "chat", "stories")

@@ -1,4 +1,4 @@
-"""What the command line says of arguments that are wrong: one sentence, in the words of its help."""
+"""Wrong arguments on the command line give one sentence, in the words of its help."""
 
 import re
 
@@ -8,6 +8,7 @@ from toy import failure
 
 from calm.cli import main
 from calm.commands import COMMANDS
+from calm.errors import InputError
 from calm.training.recipe_files import read_recipe
 
 WRONG = [
@@ -82,20 +83,20 @@ JARGON = (
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[arguments for arguments, _ in WRONG])
 def test_wrong_arguments(capsys, arguments, message):
-    said = failure(capsys, *arguments.split(" "))
-    assert message in said
-    assert not [word for word in JARGON if word in said]
+    error = failure(capsys, *arguments.split(" "))
+    assert message in error
+    assert not [word for word in JARGON if word in error]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_says_what_it_lacks_or_does_not_know(capsys, command):
+def test_every_command_refuses_unknown_options(capsys, command):
     assert f"unrecognized option --nonsense; see calm {command} --help" in failure(
         capsys, command, "--nonsense"
     )
     assert failure(capsys, command, "a", "b", "c", "--nonsense=3") != ""
 
 
-def test_no_command_is_a_question_for_help(capsys):
+def test_without_a_command_the_help_is_printed(capsys):
     main([])
     out = capsys.readouterr().out
     assert out.startswith("usage: calm") and all(command in out for command in COMMANDS)
@@ -113,13 +114,13 @@ def test_a_printed_configuration_is_a_recipe(capsys, tmp_path):
     assert "seed: 7" in capsys.readouterr().out
 
 
-def test_a_printed_configuration_is_a_recipe_to_every_command(capsys, tmp_path):
-    """What only `calm train` takes is not in it, even if it was given."""
-    others = ["--output", str(tmp_path / "run"), "--resume", "--overwrite", "--quiet"]
+def test_other_commands_read_a_printed_configuration(capsys, tmp_path):
+    """It leaves out the options that only `calm train` has, even if they were given."""
+    train_only = ["--output", str(tmp_path / "run"), "--resume", "--overwrite", "--quiet"]
     (tmp_path / "run").mkdir()
     (tmp_path / "run/recipe.yaml").write_text("seed: 7\n")
-    given = ([], 0), (others, 7), (["--recipe", "cpu_tiny", *others], 1)
-    for options, seed in given:
+    cases = ([], 0), (train_only, 7), (["--recipe", "cpu_tiny", *train_only], 1)
+    for options, seed in cases:
         with pytest.raises(SystemExit) as raised:
             main(["train", *options, "--print_config"])
         assert not raised.value.code
@@ -129,7 +130,7 @@ def test_a_printed_configuration_is_a_recipe_to_every_command(capsys, tmp_path):
         assert capsys.readouterr().out.startswith("FLOPs per token")
 
 
-def test_a_recipe_file_can_set_the_other_options(capsys, tmp_path):
+def test_a_recipe_file_can_set_options_of_the_command(capsys, tmp_path):
     (tmp_path / "text.txt").write_text("a text")
     options = f"output: {tmp_path}\nresume: false\noverwrite: false\n"
     (tmp_path / "mine.yaml").write_text(f"{options}data: {{sources: {tmp_path}/text.txt}}\n")
@@ -137,32 +138,53 @@ def test_a_recipe_file_can_set_the_other_options(capsys, tmp_path):
     assert f"in the output folder '{tmp_path}'" in message
 
 
-def test_a_path_that_the_system_refuses_is_one_sentence(capsys):
+def test_a_file_name_that_is_too_long_is_one_sentence(capsys):
     assert failure(capsys, "ablate", "m" * 300).endswith(": File name too long.")
 
 
-ODD_RECIPES = [
+MALFORMED_RECIPES = [
     "seed: !!bool x", 'seed: !!int ""', "seed: !!float x", "seed: !!timestamp x", "seed: " + "[" * 20_000,
     "seed: " + "[" * 20_000 + "]" * 20_000, "seed: " + "9" * 6000, "seed: &a [*a]",
     "language_model: {head: &h {head_type: *h}}", "seed: !!python/object/apply:os.system [ls]",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ODD_RECIPES, ids=range(len(ODD_RECIPES)))
-def test_odd_recipes_are_one_sentence(text, capsys, tmp_path):
+@pytest.mark.parametrize("text", MALFORMED_RECIPES, ids=range(len(MALFORMED_RECIPES)))
+def test_malformed_recipes_are_one_sentence(text, capsys, tmp_path):
     (tmp_path / "odd.yaml").write_text(text)
-    told = failure(capsys, "train", "--recipe", tmp_path / "odd.yaml", "--output", tmp_path / "run")
-    assert "odd.yaml' is not valid YAML" in told or "seed must be a whole number" in told
+    error = failure(capsys, "train", "--recipe", tmp_path / "odd.yaml", "--output", tmp_path / "run")
+    assert "odd.yaml' is not valid YAML" in error or "seed must be a whole number" in error
 
 
-def test_a_name_of_several_lines_is_told_in_one(capsys, tmp_path):
+def test_a_traceback_of_a_users_own_code_can_be_asked_for(capsys, monkeypatch):
+    def fails_to_build():
+        raise NameError("undefined_name")
+
+    def command():
+        try:
+            fails_to_build()
+        except NameError as error:
+            raise InputError("the recipe does not define a valid model.") from error
+
+    monkeypatch.setattr("calm.cli._run", lambda arguments: command())
+    assert "Traceback" not in failure(capsys, "doctor")
+    for value, is_shown in (("1", True), ("0", False)):
+        monkeypatch.setenv("CALM_TRACEBACK", value)
+        with pytest.raises(SystemExit):
+            main(["doctor"])
+        printed = capsys.readouterr().err
+        assert ("in fails_to_build" in printed) == is_shown
+        assert printed.splitlines()[-1] == "calm: error: the recipe does not define a valid model."
+
+
+def test_a_file_name_with_newlines_is_printed_on_one_line(capsys, tmp_path):
     name = "x\ncalm: error: fake\ny.txt"
     with pytest.raises(SystemExit):
         main(["prepare", str(tmp_path / name), "--output", str(tmp_path / "out")])
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_too_little_memory_is_one_sentence(capsys):
+def test_out_of_memory_is_one_sentence(capsys):
     arguments = ["generate", "stories", "Once", "--num_draws", "9" * 12, "--sampler", "pool"]
     with pytest.raises(SystemExit) as raised:
         main(arguments)
@@ -184,16 +206,16 @@ def test_too_little_memory_is_one_sentence(capsys):
         ["generate", "stories", "x", "--max_draws", "-1"],
     ],
 )
-def test_numbers_out_of_range(arguments, capsys):
+def test_numbers_out_of_range_are_refused(arguments, capsys):
     assert re.search(r"must be at least .*, got", failure(capsys, *arguments))
 
 
 @pytest.mark.parametrize("sign", [" ", "="])
-def test_another_head_as_an_option_starts_anew(sign, capsys):
-    """As in a recipe that extends another: the fields of the former head mean nothing to it."""
-    given = f"--language_model.head.head_type{sign}flow".split()
-    more = ["--language_model.head.num_blocks", "3", "--print_config"]
+def test_another_head_type_drops_the_settings_of_the_recipes_head(sign, capsys):
+    """As in a recipe that extends another."""
+    head_type = f"--language_model.head.head_type{sign}flow".split()
+    options = ["--language_model.head.num_blocks", "3", "--print_config"]
     with pytest.raises(SystemExit):
-        main(["train", "--recipe", "cpu_tiny", *given, *more])
+        main(["train", "--recipe", "cpu_tiny", *head_type, *options])
     head = yaml.safe_load(capsys.readouterr().out)["language_model"]["head"]
     assert head == {"head_type": "flow", "num_blocks": 3}

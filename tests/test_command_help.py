@@ -1,4 +1,4 @@
-"""Help that fits on a screen, the whole list behind it, and completion."""
+"""Brief help that fits on a screen, the full list of options, and shell completion."""
 
 import shutil
 import subprocess
@@ -13,10 +13,10 @@ LINES_OF_A_SCREEN, COLUMNS = 40, 80
 
 
 @pytest.mark.parametrize("command", ["train", "finetune"])
-@pytest.mark.parametrize("how", ["--help", "-h"])
-def test_brief_help_fits_on_a_screen(command, how, capsys, monkeypatch):
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_brief_help_fits_on_a_screen(command, flag, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
-    main([command, how])
+    main([command, flag])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= LINES_OF_A_SCREEN and max(map(len, lines)) <= COLUMNS
     examples = [line.strip() for line in lines if line.startswith("  calm ")]
@@ -25,18 +25,18 @@ def test_brief_help_fits_on_a_screen(command, how, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["train", "finetune"])
-def test_examples_of_the_help_are_understood(command, capsys, monkeypatch, tmp_path):
-    """They fail for want of files only, never for an option or a recipe of the package."""
+def test_examples_in_the_help_are_valid_commands(command, capsys, monkeypatch, tmp_path):
+    """They fail only because a file is missing, never because of an option or a recipe name."""
     main([command, "--help"])
     lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("  calm ")]
     monkeypatch.chdir(tmp_path)
     for line in lines:
-        said = failure(capsys, *line.split()[1:])
-        wanting = ("texts/", "my.yaml", "there is no run to resume", "runs/a")
-        assert any(word in said for word in wanting), (line, said)
+        error = failure(capsys, *line.split()[1:])
+        missing = ("texts/", "my.yaml", "there is no run to resume", "runs/a")
+        assert any(name in error for name in missing), (line, error)
 
 
-def test_the_whole_list_has_every_option(capsys):
+def test_help_all_lists_nested_options(capsys):
     main(["train", "--help_all"])
     text = capsys.readouterr().out
     for option in ("--data.layout", "--autoencoder.kl_floor", "--language_model.training.optimizer.beta2"):
@@ -44,14 +44,14 @@ def test_the_whole_list_has_every_option(capsys):
 
 
 SCRIPTS = {
-    "bash": """source "$1"; COMP_WORDS=(calm {word}); COMP_CWORD={place}; _shtab_calm; """
+    "bash": """source "$1"; COMP_WORDS=(calm {word}); COMP_CWORD={index}; _shtab_calm; """
     """printf '%s\\n' "${{COMPREPLY[@]}}\"""",
     "fish": """source $argv[1]; complete -C "calm {word}" | cut -f1""",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_completion(shell, capsys, tmp_path):
+def test_completion_scripts_complete_commands_and_options(shell, capsys, tmp_path):
     main(["--completion", shell])
     script = tmp_path / "completion"
     script.write_text(capsys.readouterr().out)
@@ -63,8 +63,8 @@ def test_completion(shell, capsys, tmp_path):
         done = subprocess.run(["zsh", "-f", "-c", load], capture_output=True, text=True, timeout=60)
         assert done.stdout.strip() == "_shtab_calm", done.stderr
         return
-    for word, place, expected in (("tr", 1, "train"), ("generate --temp", 2, "--temperature")):
-        command = SCRIPTS[shell].format(word=word, place=place)
+    for word, index, expected in (("tr", 1, "train"), ("generate --temp", 2, "--temperature")):
+        command = SCRIPTS[shell].format(word=word, index=index)
         done = subprocess.run(
             [shell, "-c", command, *(["calm"] if shell == "bash" else []), str(script)],
             capture_output=True,
@@ -75,5 +75,5 @@ def test_completion(shell, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["--completion"], ["--completion", "tcsh"], ["--completion=x"]])
-def test_other_shells(arguments, capsys):
+def test_completion_for_other_shells_is_refused(arguments, capsys):
     assert "--completion takes bash, zsh, fish" in failure(capsys, *arguments)

@@ -1,4 +1,4 @@
-"""What is told of this machine."""
+"""What `calm doctor` reports about the machine."""
 
 import os
 
@@ -6,6 +6,6 @@ from calm.doctor import examine
 from calm.hardware import processor_name
 
 
-def test_the_processor_is_called_by_its_name():
-    told = examine()["hardware"]["processor"]
-    assert told.startswith(f"{processor_name()}, {os.cpu_count()} cores seen, ")
+def test_processor_is_reported_by_its_name():
+    description = examine()["hardware"]["processor"]
+    assert description.startswith(f"{processor_name()}, {os.cpu_count()} cores seen, ")

@@ -1,4 +1,4 @@
-"""The facts of a run, from its recipe, its model and what it has logged."""
+"""The facts of a run, taken from its recipe, its model and its history."""
 
 import datetime
 
@@ -20,12 +20,11 @@ CODES = {"autoencoder.kind": "codes", "language_model.head": {"head_type": "sequ
 
 @pytest.fixture
 def recipe():
-    return with_settings(
-        read_recipe("cpu_tiny"), {"data.context": 64}
-    )  # 800 steps, then 500, of 2048 tokens.
+    """800 steps for the autoencoder, then 500 for the language model, of 2048 tokens each."""
+    return with_settings(read_recipe("cpu_tiny"), {"data.context": 64})
 
 
-def test_a_calm_with_its_own_autoencoder(recipe):
+def test_a_calm_with_its_own_autoencoder_has_two_stages(recipe):
     model = tiny_model()
     facts = facts_of(recipe, model, HISTORY)
     first, second = facts.stages
@@ -44,7 +43,7 @@ def test_a_calm_with_its_own_autoencoder(recipe):
     assert facts.provenance.date.date() == datetime.date.today() and facts.provenance.hardware
 
 
-def test_a_calm_with_codes(recipe):
+def test_a_calm_with_codes_has_no_autoencoder_stage(recipe):
     facts = facts_of(
         with_settings(recipe, CODES), tiny_model(head_config={"head_type": "sequential"}), HISTORY
     )
@@ -52,12 +51,12 @@ def test_a_calm_with_codes(recipe):
     assert facts.model == "CALM, K = 4, sequential head" and not facts.has_trained_autoencoder
 
 
-def test_a_calm_with_the_autoencoder_of_another_run(recipe):
+def test_a_calm_with_the_autoencoder_of_another_run_has_one_stage(recipe):
     facts = facts_of(with_settings(recipe, {"autoencoder.path": "somewhere"}), tiny_model(), HISTORY)
     assert [stage.name for stage in facts.stages] == [LANGUAGE_MODEL] and facts.has_trained_autoencoder
 
 
-def test_a_transformer(recipe):
+def test_a_transformer_has_one_stage(recipe):
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes))
     facts = facts_of(with_settings(recipe, {"model": "autoregressive", "chunk_size": 1}), model, HISTORY)
@@ -67,7 +66,7 @@ def test_a_transformer(recipe):
     )
 
 
-def test_what_a_run_has_not_logged_is_not_known(recipe):
+def test_times_that_were_not_logged_are_unknown(recipe):
     for history in ({}, {AUTOENCODER: [], LANGUAGE_MODEL: [{"train_runtime": 5.0}]}):
         facts = facts_of(recipe, tiny_model(), history)
         assert [stage.seconds for stage in facts.stages] == [None, None] and facts.seconds is None

@@ -1,4 +1,4 @@
-"""Costs against the published table, and against torch's own counter on small models."""
+"""FLOPs and parameters, against the published table and against torch's FlopCounterMode."""
 
 import pytest
 import torch
@@ -59,9 +59,9 @@ def total(parts):
     return sum(parts.values())
 
 
-# Parameters in millions (of a CALM without its autoencoder of 75.8M), training FLOPs in 1e20,
-# inference FLOPs per token in 1e8; then how far our count lies from each, in percent. One rule does
-# not give all published CALM rows: training of L and XL and inference of XL stay above.
+# The paper's table: parameters in millions (of a CALM without its autoencoder of 75.8M), training FLOPs in
+# 1e20, inference FLOPs per token in 1e8; then the largest deviation of our counts from each, in percent. No
+# single rule gives all of the CALM rows: our training FLOPs of L and XL and inference FLOPs of XL are above.
 TABLE = [
     (transformer("S"), 281, 6.6, 4.4, (2, 2, 2)),
     (transformer("M"), 465, 11.9, 7.9, (2, 2, 2)),
@@ -73,40 +73,40 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("config", "parameters", "training", "inference", "percent"), TABLE)
-def test_published_table(config, parameters, training, inference, percent):
+def test_costs_are_close_to_the_published_table(config, parameters, training, inference, percent):
     cost = cost_of(config, Work(condition_per_draw=True))
-    beside = cost.parameters.get("autoencoder", 0)
-    found = (
-        (total(cost.parameters) - beside) / 1e6 / parameters,
+    autoencoder = cost.parameters.get("autoencoder", 0)
+    ratios = (
+        (total(cost.parameters) - autoencoder) / 1e6 / parameters,
         total(cost.training) * TOKENS / 1e20 / training,
         total(cost.inference) / 1e8 / inference,
     )
-    for ratio, tolerance in zip(found, percent, strict=True):
+    for ratio, tolerance in zip(ratios, percent, strict=True):
         assert abs(ratio - 1) < tolerance / 100
 
 
-def test_worked_example():
-    """By the rules of the paper: CALM-M takes 2.905e8 FLOPs per token for one draw."""
+def test_inference_flops_follow_the_rules_of_the_paper():
+    """By them, one draw of CALM-M takes 2.905e8 FLOPs per token."""
     assert total(cost_of(calm("M")).inference) == pytest.approx(2.905e8, rel=1e-3)
     assert total(cost_of(transformer("S")).inference) == pytest.approx(4.42e8, rel=2e-3)
 
 
-def test_two_hundred_draws_of_calm_m():
-    """About a hundred times the figure of one draw, most of it the vocabulary projection."""
+def test_200_draws_take_100_times_the_flops_of_one():
+    """Most of them for the vocabulary projection."""
     cost = cost_of(calm("M"), Work(draws=200, condition_per_draw=True))
     assert total(cost.inference) == pytest.approx(3.0e10, rel=0.02)
     assert cost.inference["vocabulary"] / total(cost.inference) == pytest.approx(0.87, abs=0.01)
 
 
-def counted(function):
+def flops_of(function):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         function()
     return counter.get_total_flops()
 
 
-def assert_counts(counted, expected, angles):
-    """Equal, or more by the angles of rotary positions: some releases of transformers multiply for them."""
-    assert min(abs(counted - expected), abs(counted - expected - angles)) <= 1
+def assert_flops(actual, expected, rotary):
+    """Equal, but some releases of transformers also multiply to compute rotary angles."""
+    assert min(abs(actual - expected), abs(actual - expected - rotary)) <= 1
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_llama_agrees_with_an_independent_counter(kind, size):
     )  # fmt: skip
     model, tokens = AutoModelForCausalLM.from_config(config), torch.randint(90, (1, 20))
     expected = total(cost_of(config, Work(positions=20)).inference) * 20
-    assert_counts(counted(lambda: model(tokens)), expected, angles=(size or 8) * 20)
+    assert_flops(flops_of(lambda: model(tokens)), expected, rotary=(size or 8) * 20)
     assert total(cost_of(config).parameters) == sum(p.numel() for p in model.parameters())
 
 
@@ -139,9 +139,9 @@ def test_calm_agrees_with_an_independent_counter(chunk_size, draws):
         model.autoencoder.decode(model.head.sample_latents(hidden, draws))
 
     expected = total(cost.inference) * chunks * chunk_size
-    assert_counts(counted(write), expected, angles=8 * chunks)
+    assert_flops(flops_of(write), expected, rotary=8 * chunks)
     chunk = tokens.view(chunks, chunk_size)
-    assert counted(lambda: model.autoencoder.encode(chunk)) == pytest.approx(
+    assert flops_of(lambda: model.autoencoder.encode(chunk)) == pytest.approx(
         cost.training["encoder"] * chunks * chunk_size, abs=1
     )
     assert total(cost.parameters) == sum(p.numel() for p in model.parameters())
@@ -149,7 +149,7 @@ def test_calm_agrees_with_an_independent_counter(chunk_size, draws):
 
 @pytest.mark.parametrize("backbone_input", ["tokens", "latents", "both"])
 def test_training_agrees_with_an_independent_counter(backbone_input):
-    """But for the layers whose inputs need no gradient, and the last chunk, which predicts nothing."""
+    """Within 5%: the first layers need no gradient of their inputs, and the last chunk predicts nothing."""
     model = CalmForCausalLM(tiny_config(4, backbone_input=backbone_input))
     model.backbone.set_attn_implementation("eager")
     chunks = 40
@@ -191,7 +191,7 @@ MODELS = {
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_thoughts_agree_with_an_independent_counter(kind):
-    """A thought and a marker, as the last of so many positions."""
+    """A thought, and a marker before or after thoughts, each as the tenth position."""
     model, before = MODELS[kind](), 9
     backbone, size = (
         (model.model, 1) if isinstance(model, ThinkingLlama) else (model.backbone, model.config.chunk_size)
@@ -216,20 +216,20 @@ def test_thoughts_agree_with_an_independent_counter(kind):
 
     thoughts = cost_of_thoughts(model.config, 6, before + 1)
     filled = cache()
-    one = counted(lambda: think(filled))
-    assert_counts(one, thoughts.flops_of_one, angles=8)
+    thought = flops_of(lambda: think(filled))
+    assert_flops(thought, thoughts.flops_of_one, rotary=8)
     filled = cache()
-    marker = counted(lambda: read(filled))
-    assert marker == one if size == 1 else marker > one
-    angles = one - thoughts.flops_of_one
+    marker = flops_of(lambda: read(filled))
+    assert marker == thought if size == 1 else marker > thought
+    rotary = thought - thoughts.flops_of_one
     assert thoughts.number == 6
-    assert thoughts.flops == pytest.approx(6 * one + 2 * marker - 8 * angles)
+    assert thoughts.flops == pytest.approx(6 * thought + 2 * marker - 8 * rotary)
     model.config.thoughts = Thoughts(3, 1, 2, "pause").as_dict()
-    assert cost_of_thoughts(model.config, 1, before + 1).flops_of_one == pytest.approx(marker - angles)
+    assert cost_of_thoughts(model.config, 1, before + 1).flops_of_one == pytest.approx(marker - rotary)
 
 
-def test_no_head_works_on_a_thought():
-    """It takes less than a chunk that is written, by the head, the decoder and the vocabulary."""
+def test_a_thought_takes_only_the_backbone():
+    """A chunk also takes the head, the decoder and the vocabulary projection."""
     config = calm("M")
     cost, thoughts = cost_of(config), cost_of_thoughts(config, 1)
     layers = 4 * (cost.inference["backbone"] + cost.inference["attention"])
@@ -242,7 +242,7 @@ def test_no_head_works_on_a_thought():
 @pytest.mark.parametrize(("thoughts", "supervised"), [(None, 0), (0, 0), (8, 0), (8, 8)])
 @pytest.mark.parametrize("kind", MODELS)
 def test_training_to_think_agrees_with_an_independent_counter(kind, thoughts, supervised):
-    """But for what a pass does not see, what is read in vain at thoughts, and layers without gradients."""
+    """Within 8%: the network attends to fewer keys, embeds thoughts in vain, and skips some gradients."""
     model = MODELS[kind]().train()
     size = getattr(model.config, "chunk_size", 1)
     prompt, written, between = 12, 8, 0 if thoughts is None else thoughts + 2
@@ -259,7 +259,7 @@ def test_training_to_think_agrees_with_an_independent_counter(kind, thoughts, su
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.08)
 
 
-def test_rows_of_training_that_there_are_not():
+def test_impossible_training_rows_are_refused():
     for row, message in (
         ((0, 1, 1), "prompt must be"),
         ((1, 1, 0), "written must"),
@@ -274,10 +274,10 @@ def test_rows_of_training_that_there_are_not():
         cost_of_thoughts(MambaConfig(), 3)
 
 
-def test_the_shared_condition_is_counted_once_unless_asked():
-    one, literal = (cost_of(calm("M"), Work(condition_per_draw=literal)) for literal in (False, True))
-    assert total(one.inference) == total(literal.inference)
-    assert total(one.training) < total(literal.training)
+def test_the_shared_condition_is_counted_once_by_default():
+    shared, literal = (cost_of(calm("M"), Work(condition_per_draw=literal)) for literal in (False, True))
+    assert total(shared.inference) == total(literal.inference)
+    assert total(shared.training) < total(literal.training)
 
 
 def test_what_cannot_be_counted_is_refused():

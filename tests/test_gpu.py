@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py at toy size: its tables are whole, and what is wrong is found and named."""
+"""benchmarks/gpu.py at toy size: its tables are complete, and it finds and names errors."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ def table_in(folder: Path) -> str:
 
 
 def parity_of(gpu: ModuleType, folder: Path, change) -> tuple[int, dict]:
-    """Exit code, and rows by case, when the copy on the device is not quite the network (of three heads)."""
+    """Exit code, and rows by case, if the copy on the device is changed; only for three heads."""
     copied, heads = gpu.gpu_parity.copied, gpu.gpu_parity.HEADS
 
     def changed(network, *device):
@@ -71,8 +71,8 @@ def test_all_tables(gpu, tmp_path, capsys):
             assert 0 < row["utilisation"] < 1 and row["memory, GiB"] > 0
     assert len(training) == 6 and sum("compiled" in row["case"] for row in training) == 4
     ways = ["baseline", "CALM", "baseline, compiled", "CALM, compiled"]
-    found = [(row["case"], row["T"], row["way"]) for row in writing]
-    assert found == [(f"batch {b}", t, way) for b in (1, 64, 8) for t in (1, 0.5) for way in ways]
+    cases = [(row["case"], row["T"], row["way"]) for row in writing]
+    assert cases == [(f"batch {b}", t, way) for b in (1, 64, 8) for t in (1, 0.5) for way in ways]
     assert all(row["tokens/s"] > 0 for row in writing)
 
 
@@ -88,8 +88,8 @@ def test_a_wrong_weight_is_found(gpu, tmp_path):
     assert table_in(tmp_path).count("FAILED: ") == len(FEW_HEADS) * 2 + 1
 
 
-def test_text_that_is_decoded_otherwise_is_found(gpu, tmp_path):
-    """The decoder has no part in a loss or its gradients."""
+def test_a_wrong_decoder_is_found(gpu, tmp_path):
+    """By its texts only: neither losses nor gradients depend on it."""
 
     def change(copy):
         if isinstance(decoder := getattr(getattr(copy, "autoencoder", None), "decoder", None), nn.Module):
@@ -104,7 +104,7 @@ def test_text_that_is_decoded_otherwise_is_found(gpu, tmp_path):
     )
 
 
-def test_what_is_not_a_number_is_found(gpu, tmp_path):
+def test_nan_is_found(gpu, tmp_path):
     code, rows = parity_of(gpu, tmp_path, lambda copy: _trained(copy).fill_(torch.nan))
     assert code == 1 and all(row["problem"] for row in rows.values())
     assert rows["flow"]["loss, float32"] == "NaN" and "not finite" in rows["flow, text"]["problem"]
@@ -114,14 +114,14 @@ def _trained(network: nn.Module) -> torch.Tensor:
     return next(weight for weight in network.parameters() if weight.requires_grad)
 
 
-def test_a_gradient_that_is_gone_is_a_difference(gpu):
-    distance = gpu.gpu_parity.difference
-    assert distance(torch.zeros(2), torch.zeros(2)) == 0
-    assert distance(torch.zeros(2), torch.ones(2)) == float("inf")
-    assert distance(torch.tensor([4.0, 1.0]), torch.tensor([4.0, 2.0])) == 0.25
+def test_differences_are_relative_to_the_reference(gpu):
+    difference = gpu.gpu_parity.difference
+    assert difference(torch.zeros(2), torch.zeros(2)) == 0
+    assert difference(torch.zeros(2), torch.ones(2)) == float("inf")
+    assert difference(torch.tensor([4.0, 1.0]), torch.tensor([4.0, 2.0])) == 0.25
 
 
-def test_a_case_that_fails_is_named_and_the_others_go_on(gpu, tmp_path, monkeypatch):
+def test_a_case_that_fails_is_named_and_the_others_still_run(gpu, tmp_path, monkeypatch):
     def fail(*sizes):
         raise ValueError("no room | here\nfor these")
 
@@ -134,7 +134,7 @@ def test_a_case_that_fails_is_named_and_the_others_go_on(gpu, tmp_path, monkeypa
     assert failed["problem"] == "ValueError: no room | here" and others[0]["way"] == "literal"
 
 
-def test_a_section_without_cases_is_named(gpu):
+def test_a_section_whose_cases_cannot_be_built_is_named(gpu):
     def fail():
         raise OSError("a recipe is gone")
 
@@ -143,13 +143,13 @@ def test_a_section_without_cases_is_named(gpu):
     ]
 
 
-def test_what_does_not_fit_is_left_out(gpu, monkeypatch):
+def test_cases_that_do_not_fit_in_the_time_are_left_out(gpu, monkeypatch):
     now = SimpleNamespace(seconds=0.0)
     monkeypatch.setattr(gpu.time, "perf_counter", lambda: now.seconds)
-    given = []
+    deadlines = []
 
     def take(seconds, until):
-        given.append(until)
+        deadlines.append(until)
         now.seconds += seconds
         return [{"ms": seconds}]
 
@@ -164,12 +164,12 @@ def test_what_does_not_fit_is_left_out(gpu, monkeypatch):
     assert rows == [
         {"case": "a", "ms": 3},
         {"case": "b", "ms": 4},
-        *({"case": one, **left_out} for one in "cd"),
+        *({"case": name, **left_out} for name in "cd"),
     ]
-    assert given == [2.5, 3 + 7 / 3]
+    assert deadlines == [2.5, 3 + 7 / 3]
 
 
-def test_rounds_end_by_the_clock(gpu):
+def test_rounds_end_when_the_time_is_up(gpu):
     calls = []
     times = sys.modules["measure"].in_turns({"": lambda: calls.append(1)}, rounds=5, warm_up=2, until=0)
     assert len(times[""]) == 1 and len(calls) == 3
@@ -187,7 +187,7 @@ def test_a_batch_that_is_too_large_is_halved(gpu, monkeypatch):
     assert (row["batch"], row["tokens/s"], row["memory, GiB"]) == ("1 x 64", 128, 1)
 
 
-def test_the_peak_of_a_card(gpu):
+def test_peak_rate_is_from_the_data_sheet_or_measured(gpu):
     assert gpu.gpu_speed.bf16_peak("NVIDIA H100 80GB HBM3") == (989.4e12, "data sheet")
     assert gpu.gpu_speed.bf16_peak("NVIDIA A100-SXM4-80GB MIG 1g.10gb")[1].startswith("measured")
 
@@ -206,7 +206,7 @@ def test_mistakes_are_one_sentence(gpu, tmp_path, monkeypatch, capsys, arguments
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     try:
-        code = gpu.main([one.format(folder=tmp_path) for one in arguments])
+        code = gpu.main([argument.format(folder=tmp_path) for argument in arguments])
     except SystemExit as error:
         code = error.code
     assert code == 2 and capsys.readouterr().err.splitlines()[-1].endswith(message)

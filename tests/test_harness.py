@@ -1,4 +1,4 @@
-"""lm-eval runs tasks that ask for text; likelihoods are refused, or replaced by sampling on request."""
+"""calm in lm-eval: generation tasks, likelihoods if the head has them, and choices by sampling otherwise."""
 
 import json
 import string
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 
 def tasks_in(folder, records):
-    """Tasks of the harness on a file here, so that nothing is fetched."""
+    """Tasks of the harness on a local file, so that nothing is downloaded."""
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     for name, text in TASKS.items():
@@ -58,8 +58,8 @@ def tasks_in(folder, records):
     return TaskManager(include_path=str(folder), include_defaults=False)
 
 
-def test_a_task_that_asks_for_text(folder, tmp_path):
-    """Answers that the model gives are right, others are not."""
+def test_generation_task_scores_the_answers(folder, tmp_path):
+    """Three of four targets are what the model writes."""
     model, tokenizer = load_language_model_and_tokenizer(str(folder))
     questions = ["Once upon", "One day", "A cat and a dog", "Then"]
     texts = [
@@ -82,7 +82,7 @@ def instance(*arguments):
     return Instance("generate_until", {}, arguments, 0)
 
 
-def test_sampled_text_and_groups_of_settings(folder):
+def test_each_request_is_generated_with_its_own_settings(folder):
     harness = HarnessModel(str(folder), batch_size=2, seed=3)
     model, tokenizer = load_language_model_and_tokenizer(str(folder))
     sampled = {"do_sample": True, "temperature": 0.7, "max_gen_toks": 9}
@@ -103,13 +103,11 @@ def test_sampled_text_and_groups_of_settings(folder):
     ("until", "costs_less"),
     [("e", False), (list(string.printable), True), (["e", "zzz"], False), (["zzz", ""], False), ([], False)],
 )
-def test_a_text_is_that_of_the_whole_budget_up_to_a_stop_string(
-    until, costs_less, sampling, folder, monkeypatch
-):
-    """But no more is generated than until the last text of a batch has one."""
+def test_stop_strings_cut_the_text_and_end_generation_early(until, costs_less, sampling, folder, monkeypatch):
+    """The text is that of the full budget, cut; generation ends when every text of a batch can be cut."""
     harness, lengths = HarnessModel(str(folder), num_draws=16, seed=3), []
 
-    def counted(*arguments, **settings):
+    def continue_and_count(*arguments, **settings):
         tokens = continue_tokens(*arguments, **settings)
         lengths.append(tokens.shape[1])
         return tokens
@@ -118,25 +116,26 @@ def test_a_text_is_that_of_the_whole_budget_up_to_a_stop_string(
         settings = {"until": stops, "max_gen_toks": 40, **sampling}
         return harness.generate_until([instance(f"Once upon {n}", settings) for n in range(4)])
 
-    monkeypatch.setattr("calm.harness.continue_tokens", counted)
-    for text, whole in zip(texts_until(until), texts_until([]), strict=True):
-        assert text == whole[: min((whole.find(stop) for stop in until if stop in whole), default=None)]
+    monkeypatch.setattr("calm.harness.continue_tokens", continue_and_count)
+    for text, full in zip(texts_until(until), texts_until([]), strict=True):
+        assert text == full[: min((full.find(stop) for stop in until if stop in full), default=None)]
     assert lengths[1] == 40 and (lengths[0] < 20 or not costs_less)
 
 
-def test_a_stop_string_inside_another_does_not_hide_it(folder):
+def test_the_stop_string_that_begins_first_counts(folder):
+    """Even if another one, inside it, is complete earlier."""
     harness = HarnessModel(str(folder), seed=3)
     settings = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 40}
-    [whole] = harness.generate_until([instance("Once upon", settings)])
-    for place in range(len(whole) - 8):
-        stops = [whole[place + 1 : place + 3], whole[place : place + 8]]
+    [full] = harness.generate_until([instance("Once upon", settings)])
+    for start in range(len(full) - 8):
+        stops = [full[start + 1 : start + 3], full[start : start + 8]]
         [text] = harness.generate_until([instance("Once upon", {"until": stops, **settings})])
-        assert text == whole[: min(map(whole.find, stops))], stops
+        assert text == full[: min(map(full.find, stops))], stops
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_repeated_requests_get_texts_of_their_own(folder, batch_size):
-    """Whatever the size of a batch: the first is the request alone, and no two are equal."""
+def test_repeated_requests_get_different_texts(folder, batch_size):
+    """Whatever the batch size; the first text is that of a single request."""
     harness = HarnessModel(str(folder), batch_size=batch_size, seed=3)
     sampled = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 9}
     texts = harness.generate_until([instance("a text", sampled)] * 4)
@@ -145,10 +144,18 @@ def test_repeated_requests_get_texts_of_their_own(folder, batch_size):
     assert texts == HarnessModel(str(folder), seed=3).generate_until([instance("a text", sampled)] * 4)
 
 
-def test_long_contexts_lose_their_beginning(folder):
-    harness = HarnessModel(str(folder))
+def test_long_contexts_are_cropped_on_the_left(folder):
+    harness, (model, tokenizer) = HarnessModel(str(folder)), load_language_model_and_tokenizer(str(folder))
     [text] = harness.generate_until([instance("word " * 500, {"max_gen_toks": 8})])
-    assert isinstance(text, str)
+    [prompt] = encode_documents(tokenizer, ["word " * 500])
+    prompt = prompt[8 - 256 :]  # Of the context of 256 tokens.
+    settings = {"max_new_tokens": 8, "temperature": 0.0, "num_draws": 64, "seed": 1234}
+    tokens = continue_tokens(model, tokenizer, [prompt], **settings)
+    assert text == decode_after(tokenizer, prompt, tokens[0].tolist())
+
+
+def test_unsupported_settings_are_refused(folder):
+    harness = HarnessModel(str(folder))
     with pytest.raises(InputError, match="300 new tokens leave no room"):
         harness.generate_until([instance("word", {"max_gen_toks": 300})])
     with pytest.raises(InputError, match="does not support 'num_beams'"):
@@ -157,7 +164,7 @@ def test_long_contexts_lose_their_beginning(folder):
 
 @pytest.mark.parametrize("kind", ["llama with an end", "unigram", "byte-level"])
 def test_contexts_are_read_as_in_training(kind, tmp_path, monkeypatch):
-    """No end of text after a context, control tokens only from the template, the space after a context."""
+    """No EOS after a context; control tokens only from the template; the space belongs to the next word."""
     tokenizer = KINDS[kind]()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -183,7 +190,7 @@ def test_contexts_are_read_as_in_training(kind, tmp_path, monkeypatch):
     assert tokenizer.eos_token_id not in harness._read(rendered, "</s><|eos|>")[3]
 
 
-def test_likelihoods_are_refused(folder, tmp_path):
+def test_likelihoods_are_refused_if_the_head_has_none(folder, tmp_path):
     manager = tasks_in(tmp_path, [{"question": "q", "answer": "a", "choices": ["x", "y"]}])
     harness = HarnessModel(str(folder))
     with pytest.raises(InputError, match="asks for log-likelihoods, which this CALM does not have"):
@@ -192,8 +199,8 @@ def test_likelihoods_are_refused(folder, tmp_path):
         harness.loglikelihood_rolling([instance("text")])
 
 
-def test_likelihoods_of_a_head_that_has_them(folder, tmp_path, monkeypatch):
-    """Token by token after the context, and in a task: what the model thinks likeliest is chosen."""
+def test_likelihoods_are_sums_over_tokens_and_decide_choices(folder, tmp_path, monkeypatch):
+    """Against the losses of all tokens at each position; in a task, the likelier choice is taken."""
     torch.manual_seed(4)
     model = tiny_model(4, vocab_size=320, head_config={"head_type": "sequential"})
     tokenizer = load_language_model_and_tokenizer(str(folder))[1]
@@ -202,8 +209,8 @@ def test_likelihoods_of_a_head_that_has_them(folder, tmp_path, monkeypatch):
     harness = HarnessModel(str(tmp_path / "sequential"))
     context, continuation = "Once upon a", " time there was nobody in"
 
-    def distribution_behind(ids, written):
-        """Of the next token, from the losses of all tokens there."""
+    def log_probabilities_after(ids, written):
+        """Of each token of the vocabulary, from its loss as the next token."""
         seen = torch.tensor([ids + written[: len(written) // 4 * 4]])
         tokens, mask = align_to_chunks(seen, torch.ones_like(seen), 4, 0)
         state = model.hidden_states_of_chunks(tokens, mask.repeat_interleave(4, 1))[:, -1]
@@ -214,16 +221,16 @@ def test_likelihoods_of_a_head_that_has_them(folder, tmp_path, monkeypatch):
     ids = tokenizer(context)["input_ids"]
     words = tokenizer(continuation, add_special_tokens=False)["input_ids"]
     assert len(words) % 4 and len(words) > 4
-    total = sum(float(distribution_behind(ids, words[:n])[word]) for n, word in enumerate(words))
+    total = sum(float(log_probabilities_after(ids, words[:n])[word]) for n, word in enumerate(words))
     [(score, is_greedy)] = harness.loglikelihood([instance(context, continuation)])
     assert score == pytest.approx(total, rel=1e-5) and not is_greedy
     best: list[int] = []
     for _ in range(6):
-        best.append(int(distribution_behind(ids, best).argmax()))
+        best.append(int(log_probabilities_after(ids, best).argmax()))
 
-    # Whose bytes are no text, so it is only called one.
-    def tokens_of(text, more=""):
-        return ids + best if more.endswith("best") else tokenizer(text + more)["input_ids"]
+    # The best tokens are not valid UTF-8, so "best" stands for them.
+    def tokens_of(text, continuation=""):
+        return ids + best if continuation.endswith("best") else tokenizer(text + continuation)["input_ids"]
 
     with monkeypatch.context() as patch:
         patch.setattr(harness, "_encode", tokens_of)
@@ -247,16 +254,15 @@ def test_likelihoods_of_a_head_that_has_them(folder, tmp_path, monkeypatch):
     assert moved == harness.loglikelihood([instance(context, continuation)])
 
 
-def test_choices_by_sampling(folder, tmp_path):
-    """What the model itself writes most often is the better choice, whatever the order."""
+def test_agreement_chooses_what_the_model_writes(folder, tmp_path):
     model, tokenizer = load_language_model_and_tokenizer(str(folder))
     questions = [f"Story {n} begins" for n in range(8)]
-    liked = continue_texts(
+    written = continue_texts(
         model, tokenizer, questions, max_new_tokens=8, temperature=0, num_draws=200, seed=1
     )
     records = [
         {"question": q, "answer": "", "choices": [text, "zq" * 5, "!!??"]}
-        for q, text in zip(questions, liked, strict=True)
+        for q, text in zip(questions, written, strict=True)
     ]
     manager = tasks_in(tmp_path, records)
     harness = HarnessModel(str(folder), choices="agreement", num_draws=200)
@@ -267,7 +273,7 @@ def test_choices_by_sampling(folder, tmp_path):
 
 
 def test_agreement_is_the_share_of_drawn_tokens(folder):
-    """Against draws made here, after the context and what of the continuation came before."""
+    """Against draws of each chunk after the context and the chunks before it."""
     harness = HarnessModel(str(folder), choices="agreement", num_draws=2000)
     model, tokenizer = load_language_model_and_tokenizer(str(folder))
     context, continuation = "Once upon", " a time there"
@@ -281,26 +287,26 @@ def test_agreement_is_the_share_of_drawn_tokens(folder):
         tokens, mask = align_to_chunks(seen, torch.ones_like(seen), 4, 0)
         hidden = model.hidden_states_of_chunks(tokens, mask.repeat_interleave(4, 1))[:, -1]
         drawn = model.draw_chunks(hidden, 2000)[:, 0]
-        wanted = torch.tensor(ids[start : start + 4])
-        shares += (drawn[:, : len(wanted)] == wanted).double().mean(0).tolist()
+        expected = torch.tensor(ids[start : start + 4])
+        shares += (drawn[:, : len(expected)] == expected).double().mean(0).tolist()
     assert score == pytest.approx(sum(shares) / len(shares), abs=0.02)
 
 
-def test_the_energy_score_is_that_of_the_draws():
-    """Pair by pair; and draws around the target score better than others."""
+def test_energy_score_matches_a_sum_over_pairs_of_draws():
+    """And draws around the target have a better score than draws elsewhere."""
     generator = torch.Generator().manual_seed(0)
     draws, target = torch.randn(7, 3, 5, generator=generator), torch.randn(3, 5, generator=generator)
     expected = 0.0
-    for place in range(3):
-        to_target = sum(float((z[place] - target[place]).norm()) for z in draws) / 7
-        pairs = [float((a[place] - b[place]).norm()) for a in draws for b in draws]
+    for chunk in range(3):
+        to_target = sum(float((z[chunk] - target[chunk]).norm()) for z in draws) / 7
+        pairs = [float((a[chunk] - b[chunk]).norm()) for a in draws for b in draws]
         expected += (2 * to_target - sum(pairs) / (7 * 6)) / 3
     assert float(_energy_score(draws, target)) == pytest.approx(expected, rel=1e-5)
     assert _energy_score(draws * 0.1 + target, target) < _energy_score(draws * 0.1 - target, target)
 
 
 def test_energy_prefers_the_text_whose_latents_are_drawn(folder, monkeypatch):
-    """With a head that draws about the posterior of one continuation."""
+    """With a head whose draws are close to the encoding of one continuation."""
     harness = HarnessModel(str(folder), choices="energy", num_draws=16)
     tokenizer, autoencoder = harness._tokenizer, harness._model.autoencoder
     ids = tokenizer(" a cat", add_special_tokens=False)["input_ids"]
@@ -318,56 +324,60 @@ def test_energy_prefers_the_text_whose_latents_are_drawn(folder, monkeypatch):
 
 @pytest.fixture(scope="module")
 def thinker(folder, tmp_path_factory):
-    """A folder of a model that was trained to think, with a likelihood."""
+    """A folder with a model that was trained to think and has a likelihood."""
     folder, tokenizer = tmp_path_factory.mktemp("thinker"), load_language_model_and_tokenizer(str(folder))[1]
     thinking_model(3, vocab_size=320).float().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def test_a_model_that_was_trained_to_think_does_so_before_its_answers(thinker):
+def test_a_model_that_was_trained_to_think_thinks_before_it_answers(thinker):
     harness, (model, tokenizer) = HarnessModel(str(thinker)), load_language_model_and_tokenizer(str(thinker))
-    how = {"max_new_tokens": 12, "temperature": 0.0, "num_draws": 64}
+    settings = {"max_new_tokens": 12, "temperature": 0.0, "num_draws": 64}
     [expected, without] = [
-        continue_texts(model, tokenizer, ["Once upon"], num_thoughts=number, **how)[0] for number in (3, 0)
+        continue_texts(model, tokenizer, ["Once upon"], num_thoughts=number, **settings)[0]
+        for number in (3, 0)
     ]
-    asked = {"until": ["zzzz"], "max_gen_toks": 12}
-    assert harness.generate_until([instance("Once upon", asked)]) == [expected] != [without]
-    [text] = harness.generate_until([instance("word " * 500, asked)])  # What it thinks has room as well.
-    assert isinstance(text, str)
+    requested = {"until": ["zzzz"], "max_gen_toks": 12}
+    assert harness.generate_until([instance("Once upon", requested)]) == [expected] != [without]
+    [text] = harness.generate_until([instance("word " * 500, requested)])
+    [prompt] = encode_documents(tokenizer, ["word " * 500])
+    prompt = prompt[12 + 5 * 4 - 256 :]  # Three thoughts and two markers take five chunks of the context.
+    tokens = continue_tokens(model, tokenizer, [prompt], num_thoughts=3, **settings)
+    assert text == decode_after(tokenizer, prompt, tokens[0].tolist())
 
 
-def test_likelihoods_come_after_what_is_thought(thinker):
+def test_likelihoods_are_those_after_the_thoughts(thinker):
     harness, (model, tokenizer) = HarnessModel(str(thinker)), load_language_model_and_tokenizer(str(thinker))
     context, continuation = "Once upon", " a time there"
-    [(found, _)] = harness.loglikelihood([instance(context, continuation)])
+    [(score, _)] = harness.loglikelihood([instance(context, continuation)])
     thoughts, size = thoughts_of(model.config), 4
     prompt = tokenizer(context)["input_ids"]
     ids = tokenizer(continuation, add_special_tokens=False)["input_ids"]
     front = [*[0] * (-len(prompt) % size), *prompt, *thoughts.tokens(size)]
-    spelled = torch.tensor([[*front, *ids, *[0] * (-len(ids) % size)]])
-    mask = torch.ones_like(spelled)
+    ids_with_thoughts = torch.tensor([[*front, *ids, *[0] * (-len(ids) % size)]])
+    mask = torch.ones_like(ids_with_thoughts)
     mask[:, : -len(prompt) % size] = 0
     with torch.no_grad():
         states = model(
-            spelled.masked_fill(spelled == THOUGHT, 0),
+            ids_with_thoughts.masked_fill(ids_with_thoughts == THOUGHT, 0),
             attention_mask=mask,
-            is_thought=spelled[:, ::size] == THOUGHT,
+            is_thought=ids_with_thoughts[:, ::size] == THOUGHT,
         ).last_hidden_state
         first = len(front) // size
-        chunks = split_into_chunks(spelled, size)[0, first:]
+        chunks = split_into_chunks(ids_with_thoughts, size)[0, first:]
         losses = model.head.token_losses(states[0, first - 1 : -1], chunks).flatten()[: len(ids)]
-    assert found == pytest.approx(-float(losses.sum()), rel=1e-4)
+    assert score == pytest.approx(-float(losses.sum()), rel=1e-4)
 
 
-def test_bad_arguments(folder, tmp_path):
+def test_bad_arguments_are_refused(folder, tmp_path):
     with pytest.raises(InputError, match="choices must be refuse, agreement or energy, got 'best'"):
         HarnessModel(str(folder), choices="best")
     with pytest.raises(InputError, match="there is no model"):
         HarnessModel(str(tmp_path))
 
 
-def test_the_command_line(folder, tmp_path):
+def test_lm_eval_runs_from_the_command_line(folder, tmp_path):
     tasks_in(tmp_path, [{"question": "Once", "answer": "b", "choices": ["x", "y"]}])
     command = [sys.executable, "-m", "calm.harness", "run", "--model", "calm"]
     command += ["--include_path", str(tmp_path), "--model_args", f"pretrained={folder},num_draws=8"]

@@ -1,4 +1,4 @@
-"""benchmarks/house.py counts what it says, on a small tree that was made up."""
+"""benchmarks/house.py measures a small made-up package correctly."""
 
 import runpy
 import sys
@@ -49,7 +49,7 @@ def house(tmp_path):
     return tmp_path
 
 
-def test_the_figures_of_a_small_house(house):
+def test_figures_of_a_small_package(house):
     figures = measure(house).figures()
     sizes = [len(FILES[name].splitlines()) for name in FILES if name.startswith("src/house/")]
     assert figures == {
@@ -70,7 +70,7 @@ def test_the_figures_of_a_small_house(house):
     }
 
 
-def test_the_details_say_where(house):
+def test_details_say_where(house):
     assert list(measure(house).details()) == [
         "cycle: house.attic.box -> house.attic.lid -> house.attic.box",
         "parameters: 8 (house.cellar.Cellar.store)",
@@ -78,7 +78,7 @@ def test_the_details_say_where(house):
     ]
 
 
-def test_imports_are_found_wherever_and_however_they_are_written(house):
+def test_relative_and_type_only_imports_are_found(house):
     imports = imports_among(list(find_modules(house)))
     assert imports["house.cellar"] == {"house.kitchen"}
     assert imports["house.attic.box"] == {"house.attic.lid", "house.cellar"}
@@ -91,7 +91,7 @@ def test_cycles_are_groups_that_reach_each_other():
     assert cycles_in({"a": {"b"}, "b": set()}) == []
 
 
-def test_runs_are_as_long_as_can_be_and_short_ones_do_not_count(house):
+def test_duplicated_runs_are_maximal_and_short_ones_do_not_count(house):
     path = house / "src/house/kitchen.py"
     path.write_text(path.read_text().replace("    return total", "    return -total"))
     (run,) = measure(house).runs
@@ -100,7 +100,7 @@ def test_runs_are_as_long_as_can_be_and_short_ones_do_not_count(house):
     assert measure(house).runs == []
 
 
-def test_two_checkouts_stand_side_by_side(house, monkeypatch, capsys):
+def test_two_checkouts_are_compared_in_one_table(house, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["house.py", str(house), str(CHECKOUT), "--details"])
     runpy.run_path(str(CHECKOUT / "benchmarks/house.py"), run_name="__main__")
     out = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Mistakes in options and recipes are told in the words of the command at hand."""
+"""Mistakes in options and recipes are explained with the names that the user knows."""
 
 from typing import Any, Literal
 
@@ -13,14 +13,14 @@ from calm.training.recipe_files import read_recipe, with_settings
 RECIPE = Options(types_of(Recipe))
 
 
-def test_the_names_of_a_recipe_are_dotted():
+def test_names_of_nested_settings_are_dotted():
     names = RECIPE.types
     assert names["data"] is DataSettings and names["language_model.training.optimizer.beta1"] is float
     assert "training" not in names
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"),
+    ("name", "suggestions"),
     [
         ("language_model.hiden_size", ["language_model.hidden_size"]),
         ("hiden_size", ["autoencoder.hidden_size", "language_model.hidden_size"]),
@@ -33,13 +33,14 @@ def test_the_names_of_a_recipe_are_dotted():
         ("lr", []),
     ],
 )
-def test_only_what_is_near_is_suggested(name, meant):
+def test_only_similar_names_are_suggested(name, suggestions):
     for dashes in ("", "--"):
-        said = unknown(RECIPE, dashes + name)
-        if meant:
-            assert said.endswith(f"; did you mean {' or '.join(dashes + one for one in meant)}?")
+        message = unknown(RECIPE, dashes + name)
+        if suggestions:
+            expected = " or ".join(dashes + suggestion for suggestion in suggestions)
+            assert message.endswith(f"; did you mean {expected}?")
         else:
-            assert "did you mean" not in said
+            assert "did you mean" not in message
 
 
 @pytest.mark.parametrize(
@@ -74,15 +75,15 @@ def test_only_what_is_near_is_suggested(name, meant):
         (b"model: caf\xe9", "the recipe 'r.yaml' is not UTF-8; save it as UTF-8."),
     ],
 )
-def test_a_recipe_with_a_mistake(text, message, tmp_path, monkeypatch):
+def test_a_mistake_in_a_recipe_is_one_sentence(text, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(InputError, match=message) as caught:
+    with pytest.raises(InputError, match=message) as raised:
         read_recipe("r.yaml")
-    assert "\n" not in str(caught.value) and "Parser key" not in str(caught.value)
+    assert "\n" not in str(raised.value) and "Parser key" not in str(raised.value)
 
 
-def test_a_recipe_that_is_not_there(tmp_path, monkeypatch):
+def test_a_missing_recipe_suggests_a_similar_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"there is no recipe 'laptp'; .*; did you mean 'laptop'\?"):
         read_recipe("laptp")
@@ -92,7 +93,7 @@ def test_a_recipe_that_is_not_there(tmp_path, monkeypatch):
         read_recipe("run")
 
 
-def test_recipes_that_are_right(tmp_path):
+def test_valid_settings_are_accepted(tmp_path):
     for values in ({}, {"data.context": 64}, {"language_model.head.rank": 3}, {"data": {"num_proc": None}}):
         assert mistake_in(values, RECIPE) is None
     recipe = read_recipe("demo")
@@ -103,7 +104,7 @@ def test_recipes_that_are_right(tmp_path):
         with_settings(recipe, {"seed": None})
 
 
-def test_what_is_shown_of_a_value():
+def test_long_values_are_shortened_and_empty_ones_are_called_nothing():
     options = Options({"seed": int, "kind": Literal["a", "b"], "any": Any}, arguments=["--seed=x"])
     assert "got 'xxx" in explain(f'Parser key "seed": Got value: {"x" * 900}', options)
     assert len(explain(f'Parser key "seed": Got value: {"x" * 900}', options)) < 120
@@ -133,12 +134,12 @@ def test_what_is_shown_of_a_value():
         ("language_model.uptraining", "", ".uptraining must be a mapping of settings, got nothing."),
     ],
 )
-def test_a_group_as_a_mapping_names_the_entry_that_is_wrong(option, value, message, capsys, tmp_path):
-    said = failure(capsys, "train", "--recipe", "demo", "--output", tmp_path / "run", f"--{option}", value)
-    assert said.startswith("calm: error: --language_model") and message in said
+def test_a_mistake_inside_a_mapping_names_the_entry(option, value, message, capsys, tmp_path):
+    error = failure(capsys, "train", "--recipe", "demo", "--output", tmp_path / "run", f"--{option}", value)
+    assert error.startswith("calm: error: --language_model") and message in error
 
 
-def test_commands():
+def test_an_unknown_command_suggests_another():
     commands = ["train", "generate", "share"]
     assert unknown_command("trian", commands) == "there is no command 'trian'; did you mean 'train'?"
     assert unknown_command("x", commands).endswith("give one of: train, generate, share.")

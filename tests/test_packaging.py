@@ -1,4 +1,4 @@
-"""What is beside the package: the image of the server, and how to cite."""
+"""Files beside the package: the Docker image of the server, and the citation."""
 
 import importlib.metadata
 import json
@@ -19,12 +19,12 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 
 
 def hadolint():
-    """The linter of Dockerfiles, which is installed beside Python or elsewhere."""
+    """Path of the linter of Dockerfiles, in the virtual environment or elsewhere; None if there is none."""
     return shutil.which("hadolint", path=str(Path(sys.executable).parent)) or shutil.which("hadolint")
 
 
 @pytest.mark.skipif(hadolint() is None, reason="hadolint is not installed")
-def test_the_linter_finds_nothing():
+def test_the_linter_accepts_the_dockerfile():
     def lint(text):
         command = [hadolint(), "--no-color", "--format", "json", "-"]
         done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
@@ -35,7 +35,7 @@ def test_the_linter_finds_nothing():
     assert "DL3020" in lint(DOCKERFILE.replace("COPY", "ADD"))
 
 
-def test_the_image_runs_a_command_that_is_taken():
+def test_the_image_runs_a_valid_command():
     (entry,) = re.findall(r"^ENTRYPOINT (\[.*\])$", DOCKERFILE, re.MULTILINE)
     (command,) = re.findall(r"^CMD (\[.*\])$", DOCKERFILE, re.MULTILINE)
     program, *arguments = [*yaml.safe_load(entry), *yaml.safe_load(command)]
@@ -45,21 +45,17 @@ def test_the_image_runs_a_command_that_is_taken():
     assert f"http://127.0.0.1:{settings['port']}/health" in DOCKERFILE
 
 
-def test_what_is_built_in_the_image_is_copied_to_it():
+def test_docker_is_sent_only_what_it_builds_from():
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     sent = {line.removeprefix("!") for line in lines if line.startswith("!")}
     assert "*" in lines and sent == {"LICENSE", "README.md", "constraints.txt", "pyproject.toml", "src"}
     assert all((ROOT / name).exists() for name in sent)
 
 
-def test_the_citation_is_of_this_version():
+def test_the_citation_is_complete_and_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert {
-        "cff-version",
-        "message",
-        "title",
-        "authors",
-    } <= citation.keys()  # Required.
+    required = {"cff-version", "message", "title", "authors"}
+    assert required <= citation.keys()
     assert citation["cff-version"] == "1.2.0" and citation["type"] == "software"
     assert citation["version"] == calm.__version__
     assert citation["license"] == "MIT"

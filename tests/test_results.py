@@ -1,4 +1,4 @@
-"""What `calm train` and `calm finetune` say at the start and at the end."""
+"""What `calm train` and `calm finetune` print at the start and at the end."""
 
 import json
 import re
@@ -38,30 +38,30 @@ def recipe_file(text, tmp_path_factory) -> Path:
     return path
 
 
-def test_a_run_tells_what_it_does_and_what_came_of_it(recipe_file, tmp_path, capsys):
+def test_train_prints_what_it_will_do_and_the_results(recipe_file, tmp_path, capsys):
     output = tmp_path / "two words"
     main(["train", "--recipe", str(recipe_file), "--output", str(output)])
-    said = capsys.readouterr()
-    assert re.search(r"\d+ documents and [\d,]+ tokens to train on; .* held out", said.err)
+    printed = capsys.readouterr()
+    assert re.search(r"\d+ documents and [\d,]+ tokens to train on; .* held out", printed.err)
     assert re.search(
-        r"autoencoder: .* parameters; 8 steps of 64 tokens, 512 in all .* epochs\); .* FLOPs", said.err
+        r"autoencoder: .* parameters; 8 steps of 64 tokens, 512 in all .* epochs\); .* FLOPs", printed.err
     )
-    assert re.search(r"language model: .* FLOPs; about", said.err) and " in fp32; " in said.err
-    assert all(name in said.out for name in ("BrierLM", "3-gram", "5-gram", "CALM", "ceiling"))
+    assert re.search(r"language model: .* FLOPs; about", printed.err) and " in fp32; " in printed.err
+    assert all(name in printed.out for name in ("BrierLM", "3-gram", "5-gram", "CALM", "ceiling"))
     beginnings = [beginning for beginning, _ in load_prepared(output / "data").held_out_beginnings(6)]
-    shown = " ".join(said.out.split())
+    shown = " ".join(printed.out.split())
     assert all(" ".join(beginning.split()) in shown for beginning in beginnings)
     report = (output / "report.html").read_text()
     assert "two words" in report and beginnings[0].split()[0] in report
-    commands = re.findall(r"^(?:next: )? +(calm .*)$", said.out, re.MULTILINE)
+    commands = re.findall(r"^(?:next: )? +(calm .*)$", printed.out, re.MULTILINE)
     assert [shlex.split(command)[1] for command in commands] == ["generate", "serve"]
     main(shlex.split(commands[0])[1:])
     assert capsys.readouterr().out.startswith(" ".join(beginnings[0].split()[:4]))
-    main(["train", "--resume", "--output", str(output)])  # There is nothing left to do or to show.
+    main(["train", "--resume", "--output", str(output)])  # Nothing is left to do.
     assert capsys.readouterr().out.splitlines() == [f"model:  {output / 'model'}"]
 
 
-def test_what_is_told_beforehand_is_what_happens(text, tmp_path, monkeypatch):
+def test_the_forecast_of_a_run_is_what_happens(text, tmp_path, monkeypatch):
     recipe, run = toy_recipe(text), tmp_path / "run"
     with monkeypatch.context() as patch:
         interrupt(patch, "language_model", 5)
@@ -92,12 +92,12 @@ def test_what_is_told_beforehand_is_what_happens(text, tmp_path, monkeypatch):
 
 def test_a_quiet_run_prints_results_only(recipe_file, tmp_path, capsys):
     main(["train", "--recipe", str(recipe_file), "--output", str(tmp_path / "run"), "--quiet"])
-    said = capsys.readouterr()
-    assert "BrierLM" in said.out
-    assert all(" held out are too few " in line for line in said.err.splitlines())  # A warning.
+    printed = capsys.readouterr()
+    assert "BrierLM" in printed.out
+    assert all(" held out are too few " in line for line in printed.err.splitlines())  # A warning.
 
 
-def test_a_baseline_and_a_stream_show_theirs(text, tmp_path, capsys):
+def test_baselines_and_streamed_runs_print_results(text, tmp_path, capsys):
     changes = {
         "baseline": {"model": "autoregressive", "chunk_size": 1},
         "stream": {"data.streaming": True, "data.sample_documents": 40},
@@ -105,39 +105,41 @@ def test_a_baseline_and_a_stream_show_theirs(text, tmp_path, capsys):
     for name, settings in changes.items():
         write_recipe(with_settings(toy_recipe(text), settings), tmp_path / f"{name}.yaml")
         main(["train", "--recipe", str(tmp_path / f"{name}.yaml"), "--output", str(tmp_path / name)])
-        said = capsys.readouterr()
-        assert "BrierLM" in said.out and (tmp_path / name / "report.html").is_file()
-        assert ("5-gram" in said.out) == (name == "baseline")
-        assert ("no n-gram floors: the training text is streamed" in said.err) == (name == "stream")
+        printed = capsys.readouterr()
+        assert "BrierLM" in printed.out and (tmp_path / name / "report.html").is_file()
+        assert ("5-gram" in printed.out) == (name == "baseline")
+        assert ("no n-gram floors: the training text is streamed" in printed.err) == (name == "stream")
 
 
-def test_scores_that_fail_do_not_fail_the_run(recipe_file, tmp_path, monkeypatch, capsys):
+def test_a_run_succeeds_even_if_its_scoring_fails(recipe_file, tmp_path, monkeypatch, capsys):
     def refuse(*_, **__):
         raise InputError("the held-out text has no chunk to score; give more text.")
 
     monkeypatch.setattr(results, "score_model", refuse)
     main(["train", "--recipe", str(recipe_file), "--output", str(tmp_path / "run")])
-    said = capsys.readouterr()
-    assert "no scores: the held-out text has no chunk to score" in said.err
-    assert said.out == f"model:  {tmp_path / 'run/model'}\n"
+    printed = capsys.readouterr()
+    assert "no scores: the held-out text has no chunk to score" in printed.err
+    assert printed.out == f"model:  {tmp_path / 'run/model'}\n"
 
 
-def test_a_report_needs_matplotlib_and_the_scores_do_not(recipe_file, tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_scores_are_printed_but_no_report_is_written(
+    recipe_file, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(results, "is_installed", lambda package: package != "matplotlib")
     main(["train", "--recipe", str(recipe_file), "--output", str(tmp_path / "run")])
-    said = capsys.readouterr()
-    assert "no report was written: it needs matplotlib" in said.err and "BrierLM" in said.out
+    printed = capsys.readouterr()
+    assert "no report was written: it needs matplotlib" in printed.err and "BrierLM" in printed.out
     assert not (tmp_path / "run/report.html").exists()
 
 
-def test_several_processes_show_once(recipe_file, tmp_path):
+def test_several_processes_print_results_once(recipe_file, tmp_path):
     done = launch(2, "--recipe", recipe_file, "--output", tmp_path / "run")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("BrierLM") == 1 and done.stdout.count("next:") == 1
     assert done.stderr.count("to train on;") == 1 and (tmp_path / "run/report.html").is_file()
 
 
-def test_fine_tuning_shows_answers(text, tmp_path, capsys):
+def test_finetune_prints_answers(text, tmp_path, capsys):
     model = stages.train(toy_recipe(text), tmp_path / "base")
     # Characters at which str.splitlines would split the recorded answers.
     lines = [json.dumps({"prompt": f"p\u2028{n}", "completion": f" c\x85{n}"}) + "\n" for n in range(20)]

@@ -1,4 +1,4 @@
-"""The model card says what the run was, and nothing of the machine; the hub's client uploads it."""
+"""The model card describes the run but not the machine; exported copies; uploads with the hub's client."""
 
 import json
 
@@ -23,6 +23,7 @@ from calm.training.recipe_files import read_recipe, with_settings
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
+    """A folder with the run of a CALM and of a baseline; its name must never be published."""
     folder = tmp_path_factory.mktemp("secret-place")
     write_stories(folder / "text.jsonl", 0, 20)
     recipe = toy_recipe(folder / "text.jsonl", "adamw")
@@ -31,7 +32,7 @@ def runs(tmp_path_factory):
     return folder
 
 
-def test_the_card_says_what_the_run_was(runs, capsys):
+def test_the_card_describes_the_run(runs, capsys):
     about = ["--about", "It knows ships."]
     main(["share", str(runs / "run"), "--name", "small", "--license", "mit", "--ngrams", "[3]", *about])
     path = runs / "run/model/README.md"
@@ -67,16 +68,16 @@ def test_the_card_says_what_the_run_was(runs, capsys):
         'from_pretrained("path/to/small")',
     ):
         assert words in text, words
-    assert str(runs) not in text and "secret-place" not in text, "no folder of this machine"
+    assert str(runs) not in text and "secret-place" not in text, "the card names a folder of this machine"
     recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert recipe["seed"] == 3 and recipe["data"]["sources"] == "text.jsonl"
 
 
-def test_the_card_says_what_it_was_made_of(runs, monkeypatch):
+def test_the_card_names_the_model_that_training_began_with(runs, monkeypatch):
     recipe = toy_recipe(runs / "text.jsonl", "adamw")
-    cut = {"language_model.uptraining.first_layers": 1, "language_model.uptraining.last_layers": 1}
-    begun = {"language_model.init_from": str(runs / "plain")}
-    stages.train(with_settings(recipe, begun | cut), runs / "made")
+    layers = {"language_model.uptraining.first_layers": 1, "language_model.uptraining.last_layers": 1}
+    source = {"language_model.init_from": str(runs / "plain")}
+    stages.train(with_settings(recipe, source | layers), runs / "made")
     text = write_card(runs / "made").read_text()
     assert "It began with the weights of plain." in text and "secret-place" not in text
     assert "Each step of its backbone covers 4 tokens; a head of the kind `decoder` samples" in text
@@ -97,7 +98,7 @@ def test_the_card_says_what_it_was_made_of(runs, monkeypatch):
     ("source", "name"),
     {
         "/secret-place/run": "run",
-        "~/secret-place/run/model": "run",  # Paths that are not here any more, or not seen from here.
+        "~/secret-place/run/model": "run",  # Also paths that do not exist here.
         "../secret-place/text.jsonl": "text.jsonl",
         "secret-place/of/text.jsonl": "text.jsonl",
         "owner/name": "owner/name",
@@ -105,12 +106,12 @@ def test_the_card_says_what_it_was_made_of(runs, monkeypatch):
         "owner/name/file.gguf": "owner/name/file.gguf",
     }.items(),
 )
-def test_a_path_is_shown_by_its_last_part_wherever_it_leads(source, name):
+def test_only_the_last_part_of_a_path_is_published(source, name):
     assert public_name(source) == name
 
 
-def test_the_card_counts_the_text_that_there_was(runs):
-    """Not the share that the recipe asks for."""
+def test_the_card_has_the_actual_counts_of_text(runs):
+    """Not those that follow from the recipe's fraction."""
     counts = load_prepared(runs / "run/data").counts()
     assert 0.15 < counts.share < 0.25 and counts.documents == {"train": 16, "validation": 4}
     [line] = [line for line in write_card(runs / "run").read_text().splitlines() if "held out" in line]
@@ -125,12 +126,12 @@ def test_the_card_says_what_its_costs_leave_out(runs):
     assert words in write_card(runs / "reused").read_text()
 
 
-def test_the_code_of_the_card_runs(runs, monkeypatch):
+def test_the_code_on_the_card_runs(runs, monkeypatch):
     path = write_card(runs / "run", name=str(runs / "run/model"))
     code = path.read_text().split("```python\n")[1].split("```")[0]
-    said = []
-    exec(code.replace("print(", "said.append("), {"said": said})
-    assert len(said) == 1 and isinstance(said[0], str)
+    printed = []
+    exec(code.replace("print(", "printed.append("), {"printed": printed})
+    assert len(printed) == 1 and isinstance(printed[0], str)
 
 
 def test_a_baseline_has_a_card_too(runs):
@@ -139,7 +140,7 @@ def test_a_baseline_has_a_card_too(runs):
     assert "Perplexity" in text and "autoencoder" not in text.split("## Recipe")[0]
 
 
-def test_a_card_of_ones_own_is_kept(runs, capsys):
+def test_an_edited_card_is_not_overwritten(runs, capsys):
     path = write_card(runs / "run")
     path.write_text("mine")
     with pytest.raises(InputError, match="move it away"):
@@ -149,14 +150,14 @@ def test_a_card_of_ones_own_is_kept(runs, capsys):
     assert "is not a finished run" in failure(capsys, "share", runs)
 
 
-def test_it_is_uploaded_with_its_card(runs, monkeypatch, capsys):
+def test_the_model_is_uploaded_with_its_card(runs, monkeypatch, capsys):
     import calm.sharing.publishing
 
-    done = []
+    calls = []
 
     class Hub:
         def create_repo(self, name, private, exist_ok):
-            done.append((name, private, exist_ok))
+            calls.append((name, private, exist_ok))
             return f"https://hub/{name}"
 
         def upload_file(self, path_or_fileobj, path_in_repo, repo_id, commit_message):
@@ -167,27 +168,27 @@ def test_it_is_uploaded_with_its_card(runs, monkeypatch, capsys):
             assert ignore_patterns == ["recipe.yaml"]
             files = sorted(path.name for path in folder_path.iterdir())
             assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(files)
-            done.append(repo_id)
+            calls.append(repo_id)
 
     monkeypatch.setattr(calm.sharing.publishing, "HfApi", Hub)
     main(["share", str(runs / "run"), "--push", "me/small", "--private"])
-    assert done == [("me/small", True, True), "me/small"]
+    assert calls == [("me/small", True, True), "me/small"]
     assert capsys.readouterr().out.endswith("model: https://hub/me/small\n")
     assert '"me/small"' in (runs / "run/model/README.md").read_text()
 
 
-def test_a_hub_that_is_not_there(runs, capsys):
-    """The tests run offline: one sentence, no waiting."""
+def test_an_unreachable_hub_is_one_sentence(runs, capsys):
+    """Without waiting: the tests run offline."""
     with pytest.raises(SystemExit) as raised:
         main(["share", str(runs / "run"), "--push", "me/small"])
     assert raised.value.code == 1
-    said = capsys.readouterr().err
-    assert "calm: error: 'me/small' could not be uploaded" in said and "hf auth login" in said
+    error = capsys.readouterr().err
+    assert "calm: error: 'me/small' could not be uploaded" in error and "hf auth login" in error
     history = json.loads((runs / "run/history.json").read_text())
     assert history.keys() == {"autoencoder", "language_model"}
 
 
-def test_a_copy_in_fewer_bytes(runs, capsys, tmp_path):
+def test_an_exported_copy_is_smaller_and_equal_up_to_rounding(runs, capsys, tmp_path):
     copy = tmp_path / "copy"
     main(["share", str(runs / "run"), "--export", str(copy)])
     assert capsys.readouterr().out.splitlines()[-1] == f"copy: {copy}"
@@ -196,7 +197,7 @@ def test_a_copy_in_fewer_bytes(runs, capsys, tmp_path):
     assert (copy / "README.md").read_text() == (runs / "run/model/README.md").read_text()
     assert "secret-place" not in (copy / "recipe.yaml").read_text()
     for folder in (copy, runs / "run/model"):
-        assert str(runs) not in (folder / "config.json").read_text(), "no folder of this machine"
+        assert str(runs) not in (folder / "config.json").read_text(), "it names a folder of this machine"
     model, _ = load_model_and_tokenizer(str(runs / "run/model"))
     copied, _ = load_model_and_tokenizer(str(copy))
     for name, weight in copied.state_dict().items():
@@ -207,11 +208,10 @@ def test_a_copy_in_fewer_bytes(runs, capsys, tmp_path):
     assert "dtype must be float32, bfloat16 or float16, got 'int4'" in message
 
 
-def test_bad_options_are_found_before_the_work(runs, capsys, tmp_path, monkeypatch):
-    """The model is not scored, and no card is written."""
-    monkeypatch.setattr("calm.sharing.write_card", lambda *_, **__: pytest.fail("the work has begun"))
+def test_bad_options_are_refused_before_scoring(runs, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("calm.sharing.write_card", lambda *_, **__: pytest.fail("a card is written"))
     (tmp_path / "file").write_text("mine")
-    for options, words in {
+    for options, message in {
         ("--dtype", "int8"): "dtype must be float32, bfloat16 or float16, got 'int8'",
         ("--dtype", "int8", "--export", tmp_path / "new"): "got 'int8'",
         ("--export", tmp_path): "already exists; choose another --export",
@@ -225,13 +225,13 @@ def test_bad_options_are_found_before_the_work(runs, capsys, tmp_path, monkeypat
         ("--name", "\udce9"): "UTF-8",
         ("--license", "\udce9"): "UTF-8",
     }.items():
-        assert words in failure(capsys, "share", runs / "run", *options), options
+        assert message in failure(capsys, "share", runs / "run", *options), options
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.fixture(scope="module")
-def answering(runs):
-    """A run of `calm finetune` on the model of the run, and one by adapters."""
+def finetuned(runs):
+    """The folder, with two runs of `calm finetune`: of all weights, and with adapters."""
     rows = [{"prompt": f"Say {n}:", "completion": f" {n} it is."} for n in range(24)]
     (runs / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
@@ -239,27 +239,27 @@ def answering(runs):
         "training.steps": 2, "training.batch_tokens": 64, "answers.number": 2,
     }  # fmt: skip
     options = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    for name, more in {"asked": [], "adapted": ["--lora.rank", "2"]}.items():
-        main(["finetune", "--recipe", "full", "--output", str(runs / name), *options, *more])
+    for name, lora in {"tuned": [], "adapted": ["--lora.rank", "2"]}.items():
+        main(["finetune", "--recipe", "full", "--output", str(runs / name), *options, *lora])
     return runs
 
 
-def test_the_card_of_a_fine_tuned_model(answering, capsys, tmp_path):
-    (answering / "run/model/README.md").unlink(missing_ok=True)
-    for name in ("asked", "adapted"):
-        main(["share", str(answering / name), "--license", "mit", "--about", "It says numbers."])
-    path = answering / "adapted/model/README.md"
+def test_the_card_of_a_fine_tuned_model(finetuned, capsys, tmp_path):
+    (finetuned / "run/model/README.md").unlink(missing_ok=True)
+    for name in ("tuned", "adapted"):
+        main(["share", str(finetuned / name), "--license", "mit", "--about", "It says numbers."])
+    path = finetuned / "adapted/model/README.md"
     assert capsys.readouterr().out.splitlines()[-1] == f"card: {path}"
     card, text = ModelCard.load(path), path.read_text()
-    answers = [json.loads(line) for line in (answering / "adapted/answers.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in (finetuned / "adapted/answers.jsonl").read_text().splitlines()]
     right = 100 * sum(row["after"].strip() == row["completion"].strip() for row in answers) / len(answers)
     [result] = card.data.eval_results
     assert (result.metric_type, result.metric_value) == ("exact_match", right)
     assert "fine-tuned" in card.data.tags and "base_model" not in card.data.to_dict()
-    history = json.loads((answering / "adapted/history.json").read_text())
+    history = json.loads((finetuned / "adapted/history.json").read_text())
     loss = [entry["eval_held_out_loss"] for entry in history if "eval_held_out_loss" in entry][-1]
     for words in (
-        "run, fine-tuned.",  # The model's name is that of its run.
+        "run, fine-tuned.",  # "run" is the name of the model.
         "questions.jsonl. 22 examples to train on (0 shortened to fit in 32 tokens), 2 held out.",
         "2 steps of 64 tokens",
         "adapters of rank 2 (both). The model here has them added",
@@ -272,31 +272,29 @@ def test_the_card_of_a_fine_tuned_model(answering, capsys, tmp_path):
     ):
         assert words in text, words
     assert "secret-place" not in text
-    assert "all weights" in (answering / "asked/model/README.md").read_text()
-    main(
-        ["share", str(answering / "asked"), "--export", str(tmp_path / "copy")]
-    )  # Its own card, written anew.
+    assert "all weights" in (finetuned / "tuned/model/README.md").read_text()
+    main(["share", str(finetuned / "tuned"), "--export", str(tmp_path / "copy")])  # Rewrites the card.
     for file in (tmp_path / "copy").glob("*.*"):
         assert b"secret-place" not in file.read_bytes(), file
     assert load_model_and_tokenizer(str(tmp_path / "copy"))
 
 
-def test_prompts_may_have_characters_at_which_python_splits_lines(answering):
-    answers, card = answering / "adapted/answers.jsonl", answering / "adapted/model/README.md"
-    whole = answers.read_text()
-    answers.write_text(whole.replace("Say ", "Say\u2028\x85"))
-    main(["share", str(answering / "adapted")])
-    answers.write_text(whole)
+def test_prompts_may_contain_unicode_line_separators(finetuned):
+    answers, card = finetuned / "adapted/answers.jsonl", finetuned / "adapted/model/README.md"
+    original = answers.read_text()
+    answers.write_text(original.replace("Say ", "Say\u2028\x85"))
+    main(["share", str(finetuned / "adapted")])
+    answers.write_text(original)
     assert 'prompt = tokenizer("Say\u2028\x85' in card.read_text()
 
 
-def test_what_is_no_run_to_share(answering, capsys, tmp_path):
-    for folder in (answering / "run/model", answering, tmp_path):
+def test_other_folders_and_damaged_runs_are_refused(finetuned, capsys, tmp_path):
+    for folder in (finetuned / "run/model", finetuned, tmp_path):
         assert "is not a finished run of `calm train` or `calm finetune`" in failure(capsys, "share", folder)
-    message = failure(capsys, "share", answering / "asked", "--ngrams", "[3]")
+    message = failure(capsys, "share", finetuned / "tuned", "--ngrams", "[3]")
     assert "leave out --ngrams and --max_blocks" in message
-    answers = answering / "asked/answers.jsonl"
-    whole = answers.read_text()
+    answers = finetuned / "tuned/answers.jsonl"
+    original = answers.read_text()
     answers.write_text("{")
-    assert "is damaged" in failure(capsys, "share", answering / "asked")
-    answers.write_text(whole)
+    assert "is damaged" in failure(capsys, "share", finetuned / "tuned")
+    answers.write_text(original)

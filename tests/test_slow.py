@@ -1,4 +1,4 @@
-"""What `make test` leaves out is there."""
+"""Every line of slow.txt is a test that exists."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("line", slow_tests())
-def test_a_line_of_the_list_is_a_test(line):
+def test_every_line_of_slow_txt_is_a_test(line):
     file, _, test = line.partition("::")
     text = (ROOT / file).read_text(encoding="utf-8")
     name, bracket, case = test.partition("[")

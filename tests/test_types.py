@@ -1,4 +1,4 @@
-"""Type checkers know the public names, also in a program that is checked strictly."""
+"""Type checkers know the public names, even in strict mode."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 import calm
 
 ROOT = Path(__file__).parents[1]
-# What calm itself is built on takes most of a minute to check, and says nothing of its names.
+# To check torch and transformers as well would take most of a minute, and say nothing about calm.
 SETTINGS = """[mypy]
 strict = true
 [mypy-torch.*,transformers.*]
@@ -29,8 +29,8 @@ head: type[GenerativeHead] | type[HeadConfig] = HeadConfig
 """
 
 
-def test_public_names_and_examples_are_known_to_a_strict_checker(tmp_path):
-    """In an environment where calm is installed: mypy reports what is wrong in the program, not in calm."""
+def test_public_names_and_examples_pass_a_strict_type_check(tmp_path):
+    """calm is installed in an environment, so that mypy reports errors of the program, not of calm."""
     venv.create(tmp_path / "env", with_pip=False)
     [site] = (tmp_path / "env").rglob("site-packages")
     (site / "calm.pth").write_text(f"{ROOT / 'src'}\n")
@@ -43,5 +43,5 @@ def test_public_names_and_examples_are_known_to_a_strict_checker(tmp_path):
     assert done.stdout.startswith("Success") and done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_public_name_is_there():
+def test_all_lists_every_public_name():
     assert set(calm.__all__) == {*calm._MODULES, "__version__"}

@@ -10,7 +10,7 @@ from calm.models.thoughts import Thoughts
 from calm.models.tokens import LlamaForCausalLM
 
 PAD, EOS, BOS = 0, 1, 2
-# By the names that tests know them by: the sequential head is there with and without classes of tokens.
+# Settings of the heads, by the names that tests use; `classes` is a sequential head with token classes.
 HEADS: dict[str, dict] = {
     "energy": {"head_type": "energy", "noise_size": 8, "num_blocks": 1, "num_posterior_draws": 6},
     "flow": {"head_type": "flow", "num_blocks": 1, "num_steps": 2, "frequency_size": 16},
@@ -40,7 +40,7 @@ WITH_CODES = ("categorical_flow", "sequential", "decoder", "coarse_to_fine", "pa
 
 
 def tiny_llama(**changes) -> LlamaForCausalLM:
-    """A Llama of tokens in double precision, the same each time."""
+    """A token-level Llama in double precision, with the same weights each time."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -48,7 +48,7 @@ def tiny_llama(**changes) -> LlamaForCausalLM:
 
 
 def tiny_config(chunk_size: int = 4, vocab_size: int = 40, **changes) -> CalmConfig:
-    """A model of a few thousand parameters."""
+    """The configuration of a CALM with a few thousand parameters."""
     special = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": BOS}
     backbone = {
         "hidden_size": 32,
@@ -59,8 +59,8 @@ def tiny_config(chunk_size: int = 4, vocab_size: int = 40, **changes) -> CalmCon
         "max_position_embeddings": 64,
     }
     head = changes.pop("head_config", {})
-    known = HEADS.get(head.get("head_type", "energy"), {})
-    head = known | head | ({"head_type": known["head_type"]} if known else {})
+    defaults = HEADS.get(head.get("head_type", "energy"), {})
+    head = defaults | head | ({"head_type": defaults["head_type"]} if defaults else {})
     head_type = head["head_type"]
     if head_type == "decoder":
         changes = {"input_projection": "last", "final_norm": False} | changes
@@ -95,7 +95,7 @@ def tiny_model(chunk_size: int = 4, **changes) -> CalmForCausalLM:
 
 
 def thinking_model(number: int = 3, chunk_size: int = 4, head_type: str = "sequential", **changes):
-    """A random model to which every thought matters, and rounding too: it is in double precision."""
+    """A random model whose output is sensitive to every thought, hence in double precision."""
     torch.manual_seed(4)
     model = tiny_model(chunk_size, head_config={"head_type": head_type}, **changes).double()
     with torch.no_grad():

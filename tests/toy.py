@@ -1,4 +1,4 @@
-"""Recipes of toy size, and what a command says that must fail."""
+"""Recipes of toy size, commands that must fail, and runs that are interrupted."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ language_model:
 
 
 def toy_recipe(text: Path, optimizer: str = "muon", **changes) -> Recipe:
-    """A recipe on a text that trains in a second."""
+    """A recipe that trains on a text within a second."""
     training = TrainingSettings(
         steps=8,
         batch_tokens=64,
@@ -67,7 +67,7 @@ def toy_recipe(text: Path, optimizer: str = "muon", **changes) -> Recipe:
 
 
 def failure(capsys, *arguments: object) -> str:
-    """Run a command that must fail; return its one sentence."""
+    """Run a command that must fail with exit code 2; return its error message, a single line."""
     with pytest.raises(SystemExit) as raised:
         main([str(argument) for argument in arguments])
     assert raised.value.code == 2
@@ -76,8 +76,8 @@ def failure(capsys, *arguments: object) -> str:
     return lines[0]
 
 
-class Kill(TrainerCallback):
-    """Stops the process's work at a step, without any chance to clean up."""
+class InterruptAt(TrainerCallback):
+    """Raises KeyboardInterrupt at the end of a step."""
 
     def __init__(self, step: int):
         self.step = step
@@ -88,18 +88,19 @@ class Kill(TrainerCallback):
 
 
 def interrupt(monkeypatch, stage: str, step: int) -> None:
+    """Interrupt the training of a stage at a step."""
     original = ChunkTrainer.__init__
 
     def patched(self, *args, **kwargs):
         original(self, *args, **kwargs)
         if Path(self.args.output_dir).name == stage:
-            self.add_callback(Kill(step))
+            self.add_callback(InterruptAt(step))
 
     monkeypatch.setattr(ChunkTrainer, "__init__", patched)
 
 
 def killed_and_resumed(recipe: Recipe, output: Path, monkeypatch) -> Path:
-    """Train as a user does, killed in the middle of the language model and resumed; the model's folder."""
+    """Train from the command line, interrupt the language model, and resume; returns the model's folder."""
     file = output.with_name("recipe.yaml")
     write_recipe(recipe, file)
     with monkeypatch.context() as patch:
@@ -111,12 +112,12 @@ def killed_and_resumed(recipe: Recipe, output: Path, monkeypatch) -> Path:
 
 
 def toy_source(folder: Path, vocab_size: int | None = None, seed: int = 0) -> Path:
-    """A text and a Transformer of four layers with its tokenizer; the Transformer's folder.
+    """Write a text, and a Transformer of four layers with its tokenizer; returns the Transformer's folder.
 
     Args:
-        folder: Where text.jsonl and source/ go.
-        vocab_size: Rows of its embedding, if they are more than its tokens.
-        seed: Of its weights.
+        folder: The folder for text.jsonl and source/.
+        vocab_size: Rows of the embedding, if there are more than tokens.
+        seed: Seed of the weights.
     """
     texts = list(stories(0, 12))
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in texts))

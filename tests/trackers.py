@@ -1,4 +1,4 @@
-"""Stand-ins for the trackers that are services: they have the names that transformers and calm call."""
+"""Stand-ins for tracking services, with the functions that transformers and calm call."""
 
 import sys
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ import pytest
 
 @dataclass
 class TrackedRun:
-    """What a tracker was told of a run."""
+    """What a tracker has recorded of a run."""
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -82,8 +82,8 @@ class Mlflow:
         return self._active and SimpleNamespace(info=SimpleNamespace(run_id=self._active))
 
     def search_runs(self, filter_string: str, max_results: int, output_format: str) -> list[Any]:
-        found = [id for id in self.runs if filter_string == f"tags.`calm.id` = '{id}'"]
-        return [SimpleNamespace(info=SimpleNamespace(run_id=id)) for id in found]
+        run_ids = [id for id in self.runs if filter_string == f"tags.`calm.id` = '{id}'"]
+        return [SimpleNamespace(info=SimpleNamespace(run_id=id)) for id in run_ids]
 
     def start_run(self, run_id: str = "", run_name: str = "", tags: dict[str, str] | None = None) -> None:
         assert self._active is None
@@ -99,7 +99,7 @@ class Mlflow:
         self.runs[self._active].settings.update(params)
 
     def log_metrics(self, metrics: dict[str, float], step: int, synchronous: bool) -> None:
-        assert self._active, "mlflow begins a run of its own for what comes after the end of one"
+        assert self._active, "after the end of a run, mlflow would begin another"
         self.runs[self._active].logged.append({**metrics, "step": step})
 
     def end_run(self, status: str) -> None:
@@ -121,8 +121,8 @@ class Trackio:
         self.context_vars = SimpleNamespace(current_run=current, current_space_id=space)
         self.config = _Config(lambda settings, **kwargs: self.runs[self._current].settings.update(settings))
 
-    def init(self, project: str, name: str, resume: str, **of_the_hub: Any) -> None:
-        assert resume == "allow" and not any(of_the_hub.values())
+    def init(self, project: str, name: str, resume: str, **hub_options: Any) -> None:
+        assert resume == "allow" and not any(hub_options.values())
         if name in self.runs:
             self.runs[name].begun += 1
         else:
@@ -134,13 +134,13 @@ class Trackio:
         self.runs[self._current].logged.append({**figures, "step": figures["train/global_step"]})
 
     def finish(self) -> None:
-        assert self._current, "trackio raises where there is no run"
+        assert self._current, "trackio raises if there is no run"
         self.runs[self._current].ends.append(None)
         self._current = None
 
 
 class _Config(dict):
-    """The settings of a run: single ones are set as in a dictionary."""
+    """The settings of a run; single ones are assigned as in a dictionary."""
 
     def __init__(self, update: Any) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class _Config(dict):
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, service: Any) -> Any:
-    """Put a stand-in in the place of a package; returns it."""
+    """Replace a package by a stand-in, and return the stand-in."""
     names = {"wandb": ("wandb", "wandb.sdk", "wandb.sdk.lib", "wandb.sdk.lib.config_util")}.get(name, (name,))
     for part in names:
         module = ModuleType(part)

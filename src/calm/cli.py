@@ -5,8 +5,10 @@ import dataclasses
 import inspect
 import itertools
 import logging
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
@@ -56,7 +58,13 @@ def fail(message: str) -> NoReturn:
 
 
 def _print_error(message: str) -> None:
-    """Print an error on one line, even if a name in it has line breaks."""
+    """Print an error on one line, even if a name in it has line breaks.
+
+    With `CALM_TRACEBACK=1` in the environment, its traceback comes first: the sentence names the cause of an
+    error in a user's own head, optimizer or file format, but not its line.
+    """
+    if os.environ.get("CALM_TRACEBACK", "0") not in ("", "0") and sys.exc_info()[1] is not None:
+        traceback.print_exc()
     print(f"calm: error: {' '.join(message.splitlines())}", file=sys.stderr)
 
 

@@ -20,7 +20,7 @@ MANY = 8
 
 
 @dataclass(frozen=True)
-class Speed:
+class GenerationSpeed:
     """Tokens per second of a model at T = 1, or at the temperature that it was compiled for.
 
     Args:
@@ -39,7 +39,7 @@ def compile_model(
     rows: Sequence[int] = (1, MANY),
     temperatures: Sequence[float] = (1.0,),
     on_part: Callable[[str], None] = lambda name: None,
-) -> tuple[Path, list[Speed]]:
+) -> tuple[Path, list[GenerationSpeed]]:
     """Compile a model's generation steps, and time generation with and without them in alternation.
 
     Args:
@@ -71,7 +71,7 @@ def compile_model(
     return folder_of_steps(model), [_speed(model, batch_size, temperatures[0]) for batch_size in rows]
 
 
-def _speed(model: Any, rows: int, temperature: float) -> Speed:
+def _speed(model: Any, rows: int, temperature: float) -> GenerationSpeed:
     size = model.config.chunk_size
     prompt = torch.arange(rows * size).view(rows, size) % model.config.vocab_size
 
@@ -93,4 +93,4 @@ def _speed(model: Any, rows: int, temperature: float) -> Speed:
     eager, compiled = (
         rows * _CHUNKS * size / statistics.median(times) for times in zip(*rounds, strict=True)
     )
-    return Speed(rows, eager, compiled)
+    return GenerationSpeed(rows, eager, compiled)

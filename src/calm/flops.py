@@ -20,6 +20,7 @@ from calm.errors import InputError, cause_of
 from calm.models.calm import CalmForCausalLM
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
 from calm.models.heads import HeadFlops
+from calm.models.hyperparameters import chunk_size_of
 from calm.models.thoughts import thoughts_of
 from calm.models.token_layers import LIKE_LLAMA, head_size, num_layer_weights
 from calm.ranges import BLOCKS, NUM_THOUGHTS, Range
@@ -77,7 +78,7 @@ def cost_of(config: PreTrainedConfig, work: Work | None = None) -> Cost:
     """
     work = work or Work()
     inference, training = _inference_flops(config, work), _training_flops(config, work)
-    size = _chunk_size(config)
+    size = chunk_size_of(config)
     return Cost(
         parameters=_count_parameters(config),
         inference={part: flops / size for part, flops in inference.items()},
@@ -85,15 +86,22 @@ def cost_of(config: PreTrainedConfig, work: Work | None = None) -> Cost:
     )
 
 
-def training_flops(config: PreTrainedConfig, context: int) -> float:
+def training_flops(config: PreTrainedConfig, context: int, teacher: PreTrainedConfig | None = None) -> float:
     """FLOPs per token of training a model, or an autoencoder, on blocks of `context` tokens.
+
+    Args:
+        config: Its configuration.
+        context: Tokens per block.
+        teacher: Configuration of the teacher that it learns from, whose forward pass is added.
 
     Raises:
         InputError: If the architecture is not supported.
     """
+    if teacher is not None:
+        return training_flops(config, context) + teaching_flops(teacher, context)
     if isinstance(config, CalmAutoencoderConfig):
         return autoencoder_training_flops(config)
-    size = _chunk_size(config)
+    size = chunk_size_of(config)
     return sum(_training_flops(config, Work(context // size)).values()) / size
 
 
@@ -208,10 +216,6 @@ def _thoughts_read_states(config: PreTrainedConfig) -> bool:
 def _layers(parts: dict[str, float]) -> float:
     """The part of `_reading_flops` that is spent in the layers."""
     return parts["backbone"] + parts["attention"]
-
-
-def _chunk_size(config: PreTrainedConfig) -> int:
-    return config.chunk_size if isinstance(config, CalmConfig) else 1
 
 
 def _reading_flops(config: PreTrainedConfig, work: Work) -> dict[str, float]:

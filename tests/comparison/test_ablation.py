@@ -1,4 +1,4 @@
-"""The questions of `calm ablate`: those that are shipped, and those of a user."""
+"""Ablations: those that are shipped, and those that users define."""
 
 import itertools
 import json
@@ -36,30 +36,30 @@ SHIPPED = [
 ]
 
 
-def test_the_list_is_what_is_shipped():
+def test_shipped_ablations_are_listed():
     assert list(shipped_ablations()) == SHIPPED
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_choice_makes_a_model_of_its_own(name):
+def test_choices_give_valid_models_that_differ(name):
     recipe = read_recipe("demo")
     ablation = read_ablation(name)
-    made = [with_settings(recipe, choice.settings) for choice in ablation.choices]
-    for choice, changed in zip(ablation.choices, made, strict=True):
+    recipes = [with_settings(recipe, choice.settings) for choice in ablation.choices]
+    for choice, changed in zip(ablation.choices, recipes, strict=True):
         check_model(changed)
         assert set(differences(recipe, changed)) <= set(choice.settings)
-    for first, second in itertools.pairwise(made):
+    for first, second in itertools.pairwise(recipes):
         assert differences(first, second)
 
 
 @pytest.mark.parametrize(
     ("name", "folder"), [("M = 16", "M_16"), ("no KL term", "no_KL_term"), ("../a/b", ".._a_b"), ("=", "")]
 )
-def test_the_folder_of_a_choice_is_made_of_its_letters_and_digits(name, folder):
+def test_folder_of_a_choice_has_only_safe_characters(name, folder):
     assert Choice(name=name, settings={}).folder == folder
 
 
-def test_a_question_of_ones_own_is_a_file(tmp_path):
+def test_user_defined_ablation_is_read_from_a_file(tmp_path):
     (tmp_path / "depth.yaml").write_text(
         "question: Deeper?\n"
         "choices: [{name: a, settings: {autoencoder.num_encoder_layers: 4}, published: 4.7}]"
@@ -88,7 +88,7 @@ def test_a_question_of_ones_own_is_a_file(tmp_path):
         ),
     ],
 )
-def test_what_is_no_question(choices, message, tmp_path):
+def test_invalid_ablation_file_is_refused(choices, message, tmp_path):
     (tmp_path / "q.yaml").write_text(f"question: a\nchoices: {choices}\n")
     with pytest.raises(InputError, match=f"q.yaml': {message}"):
         read_ablation(str(tmp_path / "q.yaml"))
@@ -102,13 +102,13 @@ def test_what_is_no_question(choices, message, tmp_path):
         ("demo_baseline", [1], [], "needs a recipe for a CALM that trains its own autoencoder"),
     ],
 )
-def test_what_is_refused_before_anything_is_trained(recipe, seeds, only, message, tmp_path):
+def test_mistakes_are_refused_before_training(recipe, seeds, only, message, tmp_path):
     with pytest.raises(InputError, match=message):
         run_ablation(read_ablation("alpha"), read_recipe(recipe), seeds, tmp_path / "out", only=only)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_time_of_a_run_is_told_where_it_is_known(tmp_path):
+def test_seconds_are_summed_over_runs_if_all_are_known(tmp_path):
     for name, history in (
         ("a", {"autoencoder": [{"seconds": 2.0}]}),
         ("b", {"language_model": [{"seconds": 3.0}]}),
@@ -126,10 +126,10 @@ def test_a_choice_that_starts_from_a_model_trains_no_autoencoder(tmp_path):
     recipe = toy_recipe(tmp_path / "text.jsonl")
     source = str(train(recipe, tmp_path / "source"))
     choices = {"new": {}, "begun": {"language_model.init_from": source}}
-    question = Ablation(
-        question="?", choices=[Choice(name=name, settings=own) for name, own in choices.items()]
+    ablation = Ablation(
+        question="?", choices=[Choice(name=name, settings=settings) for name, settings in choices.items()]
     )
-    table = run_ablation(question, recipe, [3], tmp_path / "out", num_blocks=4)
+    table = run_ablation(ablation, recipe, [3], tmp_path / "out", num_blocks=4)
     new, begun = table.outcomes
     vocab_size = load_prepared(tmp_path / "out/data").vocab_size
     assert new.training_flops - begun.training_flops == autoencoder_flops(recipe, vocab_size) > 0
@@ -137,23 +137,23 @@ def test_a_choice_that_starts_from_a_model_trains_no_autoencoder(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["new", "uptrained"])
-def test_what_a_teacher_is_worth(kind, tmp_path):
-    """Models with a likelihood are compared by it, too. A Transformer brings all that it needs."""
+def test_ablation_of_a_teacher(kind, tmp_path):
+    """Models that have a likelihood are compared by cross-entropy as well."""
     source = str(toy_source(tmp_path))
-    own = {"language_model.init_from": source, "language_model.uptraining.last_layers": 2,
+    settings = {"language_model.init_from": source, "language_model.uptraining.last_layers": 2,
            "language_model.uptraining.first_layers": 0}  # fmt: skip
     if kind == "new":
-        own = {"autoencoder.kind": "codes", "autoencoder.latent_size": 32,
+        settings = {"autoencoder.kind": "codes", "autoencoder.latent_size": 32,
                "language_model.head": {"head_type": "sequential", "num_blocks": 1}}  # fmt: skip
-    few = {"language_model.training.steps": 2, "language_model.teacher.model": source}
-    recipe = with_settings(toy_recipe(tmp_path / "text.jsonl", "adamw"), own | few)
+    shared = {"language_model.training.steps": 2, "language_model.teacher.model": source}
+    recipe = with_settings(toy_recipe(tmp_path / "text.jsonl", "adamw"), settings | shared)
     weights = {"text": 0.0, "both": 0.5}
-    question = Ablation(
+    ablation = Ablation(
         question="Is a teacher worth its work?",
         choices=[Choice(name=name, settings={"language_model.teacher.weight": weight})
                  for name, weight in weights.items()],
     )  # fmt: skip
-    table = run_ablation(question, recipe, [1], tmp_path / "out", num_blocks=4)
+    table = run_ablation(ablation, recipe, [1], tmp_path / "out", num_blocks=4)
     alone, taught = table.outcomes
     assert taught.training_flops > alone.training_flops
     assert taught.scores[0]["cross_entropy"] != alone.scores[0]["cross_entropy"]

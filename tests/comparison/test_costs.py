@@ -1,4 +1,4 @@
-"""What training takes: counted from a recipe, read from a history."""
+"""Training costs: computed from a recipe, read from a history."""
 
 import json
 
@@ -26,10 +26,10 @@ def recipe():
     return read_recipe("cpu_tiny")
 
 
-def test_operations_grow_with_steps_and_tokens(recipe):
+def test_flops_are_proportional_to_steps_and_tokens(recipe):
     config = model_config(recipe, VOCABULARY)
-    each = training_flops(config, recipe.data.context)
-    assert language_model_flops(recipe, VOCABULARY) == pytest.approx(each * 500 * 2048)
+    flops_per_token = training_flops(config, recipe.data.context)
+    assert language_model_flops(recipe, VOCABULARY) == pytest.approx(flops_per_token * 500 * 2048)
     more = with_settings(recipe, {"autoencoder.training.steps": 1600})
     assert autoencoder_flops(more, VOCABULARY) == pytest.approx(2 * autoencoder_flops(recipe, VOCABULARY))
 
@@ -37,7 +37,7 @@ def test_operations_grow_with_steps_and_tokens(recipe):
 @pytest.mark.parametrize(
     "changes", [{"model": "autoregressive", "chunk_size": 1}, {"autoencoder.path": "somewhere"}]
 )
-def test_an_autoencoder_that_is_not_trained_costs_nothing(changes, recipe):
+def test_autoencoder_that_is_not_trained_costs_nothing(changes, recipe):
     assert autoencoder_flops(recipe, VOCABULARY) > 0
     assert autoencoder_flops(with_settings(recipe, changes), VOCABULARY) == 0
 
@@ -59,7 +59,7 @@ def test_an_autoencoder_that_is_not_trained_costs_nothing(changes, recipe):
         ),
     ],
 )
-def test_what_was_trained_before_a_run(changes, excluded, recipe):
+def test_parts_trained_before_a_run_are_excluded(changes, excluded, recipe):
     assert pretrained_parts(with_settings(recipe, changes)) == excluded
 
 
@@ -69,11 +69,11 @@ def test_the_record_of_a_run_excludes_what_was_trained_before(recipe, tmp_path):
     assert record_of(tmp_path, config).excluded == ("its autoencoder",)
 
 
-def test_affordable_steps_spend_what_there_is(recipe):
-    both = language_model_flops(recipe, VOCABULARY) + autoencoder_flops(recipe, VOCABULARY)
-    assert affordable_steps(recipe, VOCABULARY, both) == 500
-    half = affordable_steps(recipe, VOCABULARY, both / 2)
-    assert 0 < half < 250  # The autoencoder is trained in full.
+def test_affordable_steps_spend_the_budget(recipe):
+    total = language_model_flops(recipe, VOCABULARY) + autoencoder_flops(recipe, VOCABULARY)
+    assert affordable_steps(recipe, VOCABULARY, total) == 500
+    steps = affordable_steps(recipe, VOCABULARY, total / 2)
+    assert 0 < steps < 250  # The autoencoder is trained in full.
     assert affordable_steps(recipe, VOCABULARY, autoencoder_flops(recipe, VOCABULARY) / 2) < 0
 
 
@@ -104,12 +104,12 @@ def test_the_record_of_a_run_is_what_it_logged(recipe, tmp_path):
     assert (end.brier_lm, end.brier_1, end.cross_entropy) == (7.0, 12.0, 2.5)
 
 
-def test_a_run_that_has_logged_no_seconds_has_no_time(recipe, tmp_path):
+def test_time_is_unknown_if_the_run_logged_no_seconds(recipe, tmp_path):
     config = write_run(tmp_path, recipe, [{"step": 20, "loss": 3.0}, {"train_runtime": 40.0}])
     assert record_of(tmp_path, config).seconds is None
 
 
-def test_a_mere_model_folder_has_no_record(recipe, tmp_path):
+def test_folder_without_recipe_or_history_has_no_record(recipe, tmp_path):
     config = model_config(recipe, VOCABULARY)
     assert record_of(tmp_path, config) is None
     write_recipe(recipe, tmp_path / "recipe.yaml")
@@ -117,7 +117,7 @@ def test_a_mere_model_folder_has_no_record(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("entry", [3, {"eval_brier_lm": 1.0}, {"eval_brier_lm": 1.0, "step": "x"}])
-def test_a_damaged_history_is_one_sentence(entry, recipe, tmp_path):
+def test_damaged_history_is_refused_with_advice(entry, recipe, tmp_path):
     config = write_run(tmp_path, recipe, [entry])
     with pytest.raises(
         InputError, match=r"history.json' is damaged .*give '.*model' to leave out training costs"
@@ -125,9 +125,9 @@ def test_a_damaged_history_is_one_sentence(entry, recipe, tmp_path):
         record_of(tmp_path, config)
 
 
-def test_what_a_model_took_before_it_was_fine_tuned_is_not_known(recipe, tmp_path):
+def test_fine_tuned_run_has_neither_a_record_nor_a_text_to_score(recipe, tmp_path):
     write_recipe(FinetuningRecipe(model="stories"), tmp_path / "recipe.yaml")
     (tmp_path / "history.json").write_text("[]")
     assert record_of(tmp_path, model_config(recipe, VOCABULARY)) is None
-    with pytest.raises(InputError, match="pass it with --data"):  # And no text to score it on.
+    with pytest.raises(InputError, match="pass it with --data"):
         _open_data(tmp_path, None)

@@ -12,17 +12,17 @@ from calm.training.recipe_files import differences, read_recipe, with_settings
 
 
 @pytest.mark.parametrize(("chunk_size", "latent_size"), [(1, 16), (2, 24), (4, 48), (8, 96)])
-def test_a_chunk_has_as_many_latent_dimensions_for_each_token(chunk_size, latent_size):
-    recipe = read_recipe("demo")  # 48 for 4.
+def test_latent_size_is_proportional_to_chunk_size(chunk_size, latent_size):
+    recipe = read_recipe("demo")  # It has 48 dimensions for chunks of 4.
     rung = at_chunk_size(recipe, chunk_size)
     assert (rung.chunk_size, rung.autoencoder.latent_size) == (chunk_size, latent_size)
     assert set(differences(recipe, rung)) <= {"chunk_size", "autoencoder.latent_size"}
 
 
-def test_a_longer_training_is_evaluated_as_often():
+def test_longer_training_has_as_many_evaluations():
     training = TrainingSettings(steps=100, evaluate_every=25)
     assert _stretched(training, 160) == dataclasses.replace(training, steps=160, evaluate_every=40)
-    assert _stretched(training, 2).evaluate_every == 1  # Not 0, which is never.
+    assert _stretched(training, 2).evaluate_every == 1  # 0 would mean never.
     assert _stretched(dataclasses.replace(training, evaluate_every=0), 7).evaluate_every == 0
 
 
@@ -42,22 +42,24 @@ def test_a_longer_training_is_evaluated_as_often():
         ({"data.streaming": True}, [4], {}, "set data.streaming to false"),
     ],
 )
-def test_what_is_refused_before_anything_is_trained(changes, sizes, settings, message, tmp_path):
+def test_mistakes_are_refused_before_training(changes, sizes, settings, message, tmp_path):
     recipe = with_settings(read_recipe("demo"), changes)
     with pytest.raises(InputError, match=message):
         train_ladder(recipe, sizes, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_text_has_the_tokens_of_a_teacher(monkeypatch, tmp_path):
-    """As in `calm train`: each of its runs would refuse others, after the text was prepared with them."""
+def test_text_is_prepared_with_the_tokenizer_of_the_teacher(monkeypatch, tmp_path):
+    """Otherwise each of the runs would refuse the text after it has been prepared."""
     LlamaConfig(hidden_size=8, num_attention_heads=2).save_pretrained(tmp_path / "teacher")
     recipe = with_settings(
         read_recipe("demo_sequential"), {"language_model.teacher.model": str(tmp_path / "teacher")}
     )
-    monkeypatch.setattr("calm.comparison.ladder.with_shared_text", lambda recipe, _: tokens_of(recipe))
+    monkeypatch.setattr(
+        "calm.comparison.ladder.with_shared_text", lambda recipe, _: stop_and_tell_tokenizer(recipe)
+    )
 
-    def tokens_of(recipe):
+    def stop_and_tell_tokenizer(recipe):
         raise InputError(f"{recipe.data.tokenizer} it is")
 
     with pytest.raises(InputError, match="teacher it is"):

@@ -1,4 +1,4 @@
-"""What is measured of models side by side, and on which text."""
+"""What a comparison measures, and on which text."""
 
 import pytest
 from toy import toy_recipe
@@ -20,7 +20,7 @@ from calm.sharing.trained import card_of_training
 from calm.training.recipe_files import read_recipe, with_settings, write_recipe
 
 
-def test_one_is_always_among_the_temperatures():
+def test_temperature_1_is_always_measured():
     assert Measures(temperatures=(0.3, 0.7), low=0.5).all_temperatures == [1.0, 0.7, 0.5, 0.3]
     assert Measures(temperatures=(), low=1.0).all_temperatures == [1.0]
 
@@ -31,7 +31,7 @@ def test_a_temperature_out_of_range_is_refused(low):
         Measures(low=low)
 
 
-def test_runs_need_names_that_differ(tmp_path):
+def test_runs_need_different_names(tmp_path):
     for runs, names in (([], "none"), ([tmp_path / "a/model", tmp_path / "b/model"], "model, model")):
         with pytest.raises(InputError, match=f"runs with different names, got: {names}"):
             compare(runs, None, Measures())
@@ -45,7 +45,7 @@ def prepared(tmp_path_factory):
     return folder / "data"
 
 
-def test_the_text_is_what_is_named_or_in_the_run_or_what_the_run_was_trained_on(prepared, tmp_path):
+def test_text_is_given_or_in_the_run_or_named_by_its_recipe(prepared, tmp_path):
     assert _open_data(tmp_path / "nowhere", prepared).vocab_size == 300
     assert _open_data(prepared.parent, None).vocab_size == 300
     recipe = with_settings(read_recipe("demo"), {"data.sources": [str(prepared)]})
@@ -53,8 +53,8 @@ def test_the_text_is_what_is_named_or_in_the_run_or_what_the_run_was_trained_on(
     assert _open_data(tmp_path, None).vocab_size == 300
 
 
-def test_a_run_has_the_same_scores_wherever_they_are_shown(tmp_path):
-    """Those of its recipe's layout, which differ from those of another."""
+def test_run_has_the_same_scores_wherever_they_are_shown(tmp_path):
+    """They are for the layout of its recipe; another layout gives other scores."""
     write_stories(tmp_path / "text.jsonl", 0, 20)
     recipe = with_settings(toy_recipe(tmp_path / "text.jsonl"), {"data.layout": "packed"})
     ablation = Ablation(question="Which?", choices=[Choice(name="one", settings={})])
@@ -63,10 +63,10 @@ def test_a_run_has_the_same_scores_wherever_they_are_shown(tmp_path):
     card = show_results(run, ReportOptions("one", num_blocks=None, sample_tokens=4))
     data = load_prepared(tmp_path / "out/data")
     model, _ = load_model_and_tokenizer(str(run / "model"))
-    packed, apart = (
+    packed, documents = (
         score_model(model, data, BlockSettings(32, layout, 3)) for layout in ("packed", "documents")
     )
-    assert card.brier == packed.brier != apart.brier and card.layout == "packed"
+    assert card.brier == packed.brier != documents.brier and card.layout == "packed"
     brier_1 = 100 * card.brier.means[0]
     assert table.outcomes[0].scores[0]["brier_1"] == brier_1 and table.layout == "packed"
     assert table.outcomes[0].scores[0]["token_accuracy"] == 100 * card.reconstruction.token_accuracy
@@ -82,7 +82,7 @@ def test_a_run_has_the_same_scores_wherever_they_are_shown(tmp_path):
     assert blocks_of_run(tmp_path / "nowhere", 32) == BlockSettings(32, "documents", 0)
 
 
-def test_a_run_whose_text_is_not_prepared_needs_one_named(tmp_path):
+def test_run_without_prepared_text_needs_the_data_option(tmp_path):
     write_recipe(with_settings(read_recipe("demo"), {"data.sources": "a.txt"}), tmp_path / "recipe.yaml")
     with pytest.raises(InputError, match="contains no prepared text; pass it with --data"):
         _open_data(tmp_path, None)

@@ -15,13 +15,13 @@ def recipe():
     return with_settings(read_recipe("cpu_tiny"), {"data.vocab_size": 300, "data.num_proc": 1})
 
 
-def test_a_recipe_without_sources_takes_the_embedded_stories(recipe, tmp_path, monkeypatch):
+def test_recipe_without_sources_uses_the_embedded_stories(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(text_module, "NUM_STORIES", 20)
     shared = with_shared_text(recipe, tmp_path / "out")
     assert shared.data.sources == [str(tmp_path / "out/data")]
     assert load_prepared(tmp_path / "out/data").vocab_size == 300
     assert settings_of(tmp_path / "out/data")["sources"] == [str(tmp_path / "out/stories.jsonl")]
-    (tmp_path / "out/stories.jsonl").unlink()  # Prepared once: it is not read again.
+    (tmp_path / "out/stories.jsonl").unlink()  # The source is not read a second time.
     assert with_shared_text(recipe, tmp_path / "out") == shared
 
 
@@ -35,7 +35,7 @@ def test_a_recipe_without_sources_takes_the_embedded_stories(recipe, tmp_path, m
         ("seed", 5),
     ],
 )
-def test_text_that_was_prepared_with_other_settings_is_refused(recipe, tmp_path, monkeypatch, setting, value):
+def test_text_prepared_with_other_settings_is_refused(recipe, tmp_path, monkeypatch, setting, value):
     monkeypatch.chdir(tmp_path)
     for name in ("a.jsonl", "b.jsonl"):
         write_stories(tmp_path / name, 0, 20)
@@ -50,7 +50,7 @@ def test_text_that_was_prepared_with_other_settings_is_refused(recipe, tmp_path,
         with_shared_text(with_settings(recipe, {"data.sources": ["b.jsonl"]}), tmp_path / "out")
 
 
-def test_streamed_text_is_not_shared(recipe, tmp_path):
+def test_streamed_text_is_refused(recipe, tmp_path):
     with pytest.raises(InputError, match=r"set data\.streaming to false"):
         with_shared_text(with_settings(recipe, {"data.streaming": True}), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,16 +1,17 @@
-"""Drafts that go on in several ways."""
+"""Token trees: parents, children, depths and paths of their nodes."""
 
 from calm.core.branches import TEXT, Branches
 
-#   5 - 6 - 8
-#     \ 7       9
+#   text - 5 - 6 - 8
+#     |      \ 7
+#     9
 BRANCHES = Branches([5, 6, 9, 7, 8], [TEXT, 0, TEXT, 0, 1])
 
 
-def test_what_follows_what():
+def test_structure_of_a_tree():
     assert BRANCHES.children == {TEXT: [0, 2], 0: [1, 3], 1: [4]}
     assert list(BRANCHES.depths) == [0, 1, 0, 1, 2] and BRANCHES.longest == 3
-    assert [BRANCHES.tokens_to(place) for place in range(TEXT, 5)] == [
+    assert [BRANCHES.tokens_to(node) for node in range(TEXT, 5)] == [
         [],
         [5],
         [5, 6],
@@ -27,7 +28,7 @@ def test_what_follows_what():
     ]
 
 
-def test_a_line_is_a_draft_with_one_way():
+def test_draft_without_branches_is_a_line():
     line = Branches.line([5, 6, 7])
     assert line.is_line and not BRANCHES.is_line and Branches().is_line
     assert line.children == {TEXT: [0], 0: [1], 1: [2]} and line.longest == len(line) == 3
@@ -36,7 +37,7 @@ def test_a_line_is_a_draft_with_one_way():
     assert not Branches([5, 6], [TEXT, TEXT]).is_line
 
 
-def test_a_part_keeps_the_ways_to_its_tokens():
-    part = BRANCHES.subtree([0, 3, 2])
-    assert (part.tokens_G, part.parents_G) == ([5, 7, 9], [TEXT, 0, TEXT])
+def test_subtree_keeps_the_paths_to_its_nodes():
+    subtree = BRANCHES.subtree([0, 3, 2])
+    assert (subtree.tokens_G, subtree.parents_G) == ([5, 7, 9], [TEXT, 0, TEXT])
     assert BRANCHES.subtree([0, 1, 4]).is_line and not len(BRANCHES.subtree([]))

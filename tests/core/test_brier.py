@@ -21,7 +21,7 @@ def test_literal_values():
     assert_close(brier_scores(wrong, half, target), torch.tensor([[1.0, 1, 0, 0]]))
 
 
-def test_prefixes_need_all_tokens_before():
+def test_prefix_matches_only_if_all_its_tokens_do():
     assert matching_prefixes(torch.tensor([[1, 2, 3]]), torch.tensor([[1, 9, 3]])).tolist() == [
         [True, False, False]
     ]
@@ -40,7 +40,7 @@ def test_expectation_is_the_brier_score():
         assert_close(expected, torch.tensor([order_1, order_2]))
 
 
-def test_shapes_must_agree():
+def test_different_shapes_are_refused():
     with pytest.raises(ValueError, match="the same shape"):
         brier_scores(torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(2, 3))
 
@@ -50,7 +50,7 @@ def test_brier_lm_is_the_geometric_mean():
     assert brier_lm([0.16, 0.01, 0.04, 0.0625]) == pytest.approx(100 * (0.16 * 0.01 * 0.04 * 0.0625) ** 0.25)
 
 
-def test_no_bogus_score_from_negative_factors():
+def test_brier_lm_is_zero_if_a_factor_is_not_positive():
     assert brier_lm([-0.5, -0.5, 0.5, 0.5]) == 0.0
     assert brier_lm([0.5, 0.5, 0.0, 0.5]) == 0.0
     assert brier_lm([-0.1, -0.1, -0.1, -0.1]) == 0.0

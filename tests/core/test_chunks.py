@@ -1,4 +1,4 @@
-"""Chunk views, targets, ends of text and alignment of prompts, on literal examples."""
+"""Chunks, targets, ends of texts and alignment of prompts, on literal examples."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from calm.core.chunks import align_to_chunks, as_id_tensor, end_after_eos, find_
 PAD, EOS = 0, 1
 
 
-def test_split():
+def test_split_into_chunks():
     assert split_into_chunks(torch.arange(6).unsqueeze(0), 2).tolist() == [[[0, 1], [2, 3], [4, 5]]]
     with pytest.raises(ValueError, match="multiple of the chunk size 4, got 6"):
         split_into_chunks(torch.arange(6).unsqueeze(0), 4)
@@ -27,7 +27,7 @@ def test_end_after_eos():
     assert ends.tolist() == [True, False, True, True]
 
 
-def test_end_with_several_or_no_eos():
+def test_end_after_one_of_several_eos_or_without_any():
     chunks = torch.tensor([[5, 3, 7, 8]])
     assert end_after_eos(chunks, as_id_tensor([EOS, 3], chunks.device), PAD)[0].tolist() == [[5, 3, PAD, PAD]]
     same, ends = end_after_eos(chunks, as_id_tensor(None, chunks.device), PAD)

@@ -1,4 +1,4 @@
-"""The race of the exact sampler against a reader that goes draw by draw, and its lifetimes."""
+"""The coincidence test of the exact sampler, against reading draw by draw, and Sibuya lifetimes."""
 
 import math
 
@@ -10,25 +10,25 @@ from calm.core.coincidence import find_accepted, sibuya_lifetimes
 
 
 def read_draw_by_draw(numbers, n, lifetimes=None):
-    """Outcome and number of draws read, or (None, None): the definition, without any cleverness."""
+    """Outcome and number of draws read, or (None, None), straight from the definition."""
     start = 0
     while True:
         first = numbers[start] if start < len(numbers) else None
-        for place in range(start, start + n):
-            if place >= len(numbers):
+        for index in range(start, start + n):
+            if index >= len(numbers):
                 return None, None
-            if numbers[place] != first:
-                start = place + 1
+            if numbers[index] != first:
+                start = index + 1
                 break
         else:
             end = start + n
             if lifetimes is None:
                 return first, end
-            for place in range(end, end + lifetimes[start]):
-                if place >= len(numbers):
+            for index in range(end, end + lifetimes[start]):
+                if index >= len(numbers):
                     return None, None
-                if numbers[place] == first:
-                    return first, place + 1
+                if numbers[index] == first:
+                    return first, index + 1
             start = end + lifetimes[start]
 
 
@@ -68,8 +68,8 @@ def test_lifetimes_have_the_sibuya_distribution(a):
 
 
 @pytest.mark.parametrize(("a", "p"), [(0.3, 0.5), (0.7, 0.2), (0.5, 0.9)])
-def test_a_candidate_is_accepted_with_probability_p_to_the_a(a, p):
-    """Sum over lifetimes of P(L = k) · (1 - (1-p)^k) = p^a, by the distribution that the sampler uses."""
+def test_candidate_is_accepted_with_probability_p_to_the_a(a, p):
+    """Sum over lifetimes of P(L = k) · (1 - (1-p)^k) = p^a, with the lifetimes of the sampler."""
     longest = 4000
     grid = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
     lifetimes = sibuya_lifetimes(grid, a, longest).double()

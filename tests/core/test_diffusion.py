@@ -16,16 +16,16 @@ from calm.core.diffusion import (
     sample,
 )
 
-WHOLE = NoiseSchedule.cosine(1000)
-TABLE = WHOLE.table()
+SCHEDULE = NoiseSchedule.cosine(1000)
+TABLE = SCHEDULE.table()
 
 
 def look_up(*steps: int) -> Coefficients:
     return Coefficients.look_up(TABLE, torch.tensor([steps]))
 
 
-def test_the_cosine_schedule():
-    signals = WHOLE.signals
+def test_cosine_schedule():
+    signals = SCHEDULE.signals
     assert len(signals) == 1000 and all(a > b for a, b in itertools.pairwise(signals))
     first, middle = (math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in (0, 500))
     assert signals[499] == pytest.approx(middle / first, rel=1e-9)
@@ -33,44 +33,44 @@ def test_the_cosine_schedule():
 
 
 def test_respacing_keeps_the_ends():
-    few = WHOLE.respaced(10)
-    assert few.steps == (0, 111, 222, 333, 444, 555, 666, 777, 888, 999)
-    assert few.signals == tuple(WHOLE.signals[step] for step in few.steps)
-    assert WHOLE.respaced(1).steps == (999,) and WHOLE.respaced(1000) == WHOLE
+    respaced = SCHEDULE.respaced(10)
+    assert respaced.steps == (0, 111, 222, 333, 444, 555, 666, 777, 888, 999)
+    assert respaced.signals == tuple(SCHEDULE.signals[step] for step in respaced.steps)
+    assert SCHEDULE.respaced(1).steps == (999,) and SCHEDULE.respaced(1000) == SCHEDULE
     with pytest.raises(ValueError, match="between 1 and 1000, got 1001"):
-        WHOLE.respaced(1001)
+        SCHEDULE.respaced(1001)
 
 
-def test_steps_with_enough_signal():
-    some = WHOLE.with_signal(0.01)
-    assert some.signals[-1] >= 0.01 > WHOLE.signals[len(some.signals)]
-    assert some.steps == tuple(range(len(some.signals)))
+def test_schedule_is_cut_where_the_signal_is_too_weak():
+    cut = SCHEDULE.with_signal(0.01)
+    assert cut.signals[-1] >= 0.01 > SCHEDULE.signals[len(cut.signals)]
+    assert cut.steps == tuple(range(len(cut.signals)))
 
 
-@pytest.mark.parametrize("schedule", [WHOLE, WHOLE.respaced(25)])
+@pytest.mark.parametrize("schedule", [SCHEDULE, SCHEDULE.respaced(25)])
 def test_posterior_mean_and_variance(schedule):
     """x_{t-1} given x_t and x_0, from Bayes' rule for Gaussians (precisions add up)."""
     for index in (1, 7, 24):
         step = schedule.at(index)
         now, before = schedule.signals[index], schedule.signals[index - 1]
-        kept, beta = now / before, 1 - now / before
-        precision = 1 / (1 - before) + kept / beta
+        alpha, beta = now / before, 1 - now / before
+        precision = 1 / (1 - before) + alpha / beta
         data, point = 0.8, -0.3
-        mean = (math.sqrt(before) * data / (1 - before) + math.sqrt(kept) * point / beta) / precision
+        mean = (math.sqrt(before) * data / (1 - before) + math.sqrt(alpha) * point / beta) / precision
         assert step.data_weight * data + step.point_weight * point == pytest.approx(mean)
         assert math.exp(step.min_log_variance) == pytest.approx(1 / precision)
         assert math.exp(step.max_log_variance) == pytest.approx(beta)
     assert schedule.at(0).min_log_variance == schedule.at(1).min_log_variance  # Nothing is added at t = 0.
 
 
-def test_the_table_holds_every_step():
+def test_table_holds_every_step():
     step = look_up(0, 7, 999)
-    for place, index in enumerate((0, 7, 999)):
-        row = [value[0, place, 0].item() for value in step]
-        assert row == pytest.approx(list(WHOLE.at(index)), rel=1e-6)
+    for column, index in enumerate((0, 7, 999)):
+        row = [value[0, column, 0].item() for value in step]
+        assert row == pytest.approx(list(SCHEDULE.at(index)), rel=1e-6)
 
 
-def test_a_table_made_without_gradients_can_have_them():
+def test_table_made_in_inference_mode_works_with_autograd():
     with torch.inference_mode():
         table = NoiseSchedule.cosine(10).table()
     x = torch.ones(1, 1, 1, requires_grad=True)
@@ -78,49 +78,50 @@ def test_a_table_made_without_gradients_can_have_them():
     assert x.grad.item() == pytest.approx(NoiseSchedule.cosine(10).at(3).signal)
 
 
-def test_noise_and_data_are_two_views_of_a_point():
+def test_data_are_recovered_from_the_noise():
     step = look_up(3, 400, 900)
     data, noise = torch.randn(1, 3, 6), torch.randn(1, 3, 6)
     point = step.signal * data + step.noise * noise
     assert_close(data_from_noise(step, point, noise), data, rtol=1e-4, atol=1e-4)
 
 
-def test_the_bound_is_the_divergence_of_gaussians():
+def test_variational_bound_is_the_divergence_of_gaussians():
     """Against torch.distributions, in bits a dimension."""
     step = look_up(5, 300, 998)
     data, noise, fraction = (torch.randn(1, 3, 4) for _ in range(3))
     predicted = noise + 0.1 * torch.randn(1, 3, 4)
     point = step.signal * data + step.noise * noise
-    guess = data_from_noise(step, point, predicted)
-    spread = (0.5 * log_variance(step, fraction)).exp()
+    predicted_data = data_from_noise(step, point, predicted)
+    std = (0.5 * log_variance(step, fraction)).exp()
     truth = torch.distributions.Normal(
         step.data_weight * data + step.point_weight * point, (0.5 * step.min_log_variance).exp()
     )
-    model = torch.distributions.Normal(step.data_weight * guess + step.point_weight * point, spread)
+    model = torch.distributions.Normal(step.data_weight * predicted_data + step.point_weight * point, std)
     bits = torch.distributions.kl_divergence(truth, model).mean(-1) / math.log(2)
     expected = (predicted - noise).square().mean(-1) + bits
-    never = torch.zeros(1, 3, dtype=torch.bool)
-    loss = hybrid_loss(step, never, data, noise, point, predicted, fraction)
+    is_first = torch.zeros(1, 3, dtype=torch.bool)
+    loss = hybrid_loss(step, is_first, data, noise, point, predicted, fraction)
     assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_first_step_has_a_likelihood():
+def test_first_step_is_scored_by_its_likelihood():
     step = look_up(0)
     data, noise, predicted, fraction = (0.5 * torch.randn(1, 1, 4) for _ in range(4))
     point = step.signal * data + step.noise * noise
     mean = step.data_weight * data_from_noise(step, point, predicted) + step.point_weight * point
     distribution = torch.distributions.Normal(mean, (0.5 * log_variance(step, fraction)).exp())
-    first = torch.ones(1, 1, dtype=torch.bool)
-    squared = (predicted - noise).square().mean(-1)
-    density = hybrid_loss(step, first, data, noise, point, predicted, fraction)
-    assert_close(density, squared - distribution.log_prob(data).mean(-1) / math.log(2), rtol=1e-4, atol=1e-4)
-    image = hybrid_loss(step, first, data, noise, point, predicted, fraction, as_image=True)
+    is_first = torch.ones(1, 1, dtype=torch.bool)
+    squared_error = (predicted - noise).square().mean(-1)
+    loss = hybrid_loss(step, is_first, data, noise, point, predicted, fraction)
+    bits = -distribution.log_prob(data).mean(-1) / math.log(2)
+    assert_close(loss, squared_error + bits, rtol=1e-4, atol=1e-4)
+    image_loss = hybrid_loss(step, is_first, data, noise, point, predicted, fraction, as_image=True)
     mass = (distribution.cdf(data + 1 / 255) - distribution.cdf(data - 1 / 255)).clamp_min(1e-12)
     # The released code approximates the normal distribution by a tanh, which is off in the tails.
-    assert_close(image, squared - mass.log().mean(-1) / math.log(2), rtol=0, atol=0.1)
+    assert_close(image_loss, squared_error - mass.log().mean(-1) / math.log(2), rtol=0, atol=0.1)
 
 
-def test_the_bound_trains_the_variance_alone():
+def test_variational_bound_trains_only_the_variance():
     step = look_up(500)
     data, noise = torch.randn(1, 1, 4), torch.randn(1, 1, 4)
     point = step.signal * data + step.noise * noise
@@ -128,7 +129,7 @@ def test_the_bound_trains_the_variance_alone():
     fraction = torch.zeros(1, 1, 4, requires_grad=True)
     loss = hybrid_loss(step, torch.zeros(1, 1, dtype=torch.bool), data, noise, point, predicted, fraction)
     loss.sum().backward()
-    assert_close(predicted.grad, 2 * (predicted.detach() - noise) / 4)  # That of the squared error.
+    assert_close(predicted.grad, 2 * (predicted.detach() - noise) / 4)  # From the squared error alone.
     assert (fraction.grad != 0).all()
 
 
@@ -145,20 +146,22 @@ def predict(schedule):
         variance = signal * STD**2 + 1 - signal
         noise = math.sqrt(1 - signal) / variance * (point - math.sqrt(signal) * MEAN)
         now = schedule.at(index)
-        # Of x_{t-1}: what is left of x_0, seen through its weight, and the variance given x_0.
-        of_data = STD**2 * (1 - signal) / variance
-        least = math.exp(now.min_log_variance) if index else 0.0
-        true = math.log(now.data_weight**2 * of_data + least)
-        fraction = 2 * (true - now.min_log_variance) / (now.max_log_variance - now.min_log_variance) - 1
+        # Var[x_{t-1} | x_t] by the law of total variance, with data_variance = Var[x_0 | x_t].
+        data_variance = STD**2 * (1 - signal) / variance
+        min_variance = math.exp(now.min_log_variance) if index else 0.0
+        true_log_variance = math.log(now.data_weight**2 * data_variance + min_variance)
+        fraction = (
+            2 * (true_log_variance - now.min_log_variance) / (now.max_log_variance - now.min_log_variance) - 1
+        )
         return noise, torch.full_like(point, fraction)
 
     return call
 
 
 @pytest.mark.parametrize("num_steps", [8, 200])
-def test_ancestral_sampling_draws_the_data(num_steps):
-    """With the true variance of every step few steps draw the distribution, but for the last variance."""
-    schedule = WHOLE.respaced(num_steps)
+def test_ancestral_sampling_has_the_distribution_of_the_data(num_steps):
+    """With the true variance of each step, few steps suffice, although the last one adds no noise."""
+    schedule = SCHEDULE.respaced(num_steps)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(20_000, generator=generator, dtype=torch.float64)
     noise = lambda _: torch.randn(20_000, generator=generator, dtype=torch.float64)  # noqa: E731
@@ -166,11 +169,11 @@ def test_ancestral_sampling_draws_the_data(num_steps):
     assert drawn.mean().item() == pytest.approx(MEAN, abs=4 * STD / math.sqrt(20_000))
     assert drawn.std().item() == pytest.approx(STD, rel=0.02)
 
-    def least_variance(point, step):
+    def predict_min_variance(point, step):
         return predict(schedule)(point, step)[0], torch.full_like(point, -1.0)
 
-    narrow = sample(schedule, least_variance, start, "ancestral", noise)
-    if num_steps == 8:  # The variance matters: the least one gives too narrow a distribution.
+    narrow = sample(schedule, predict_min_variance, start, "ancestral", noise)
+    if num_steps == 8:  # The variance matters: with the lower bound the distribution is too narrow.
         assert narrow.std().item() < 0.95 * STD
 
 
@@ -179,7 +182,7 @@ def test_order_of_the_deterministic_samplers():
     start = torch.linspace(-2, 2, 9, dtype=torch.float64)
 
     def error(sampler, steps):
-        schedule = WHOLE.respaced(steps)
+        schedule = SCHEDULE.respaced(steps)
         drawn = sample(schedule, predict(schedule), start, sampler, lambda _: start)
         return (drawn - (MEAN + STD * start)).abs().max().item()
 
@@ -191,8 +194,8 @@ def test_order_of_the_deterministic_samplers():
     assert dpm[1] < 0.01 < ddim[1] / 5
 
 
-def test_the_bound_of_data_holds():
-    schedule = WHOLE.respaced(10)
+def test_samples_stay_within_the_bound():
+    schedule = SCHEDULE.respaced(10)
     points = []
 
     def wild(point, step):

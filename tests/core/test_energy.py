@@ -67,32 +67,32 @@ def test_gradient_is_finite_where_draws_coincide(alpha):
 def test_many_positions_are_handled_in_parts(monkeypatch):
     draws = torch.randn(3, 50, 6, requires_grad=True)
     targets = torch.randn(4, 50, 6)
-    whole = energy_loss(draws, targets, 0.7)
-    (gradient,) = torch.autograd.grad((whole * torch.arange(50)).sum(), draws)
+    expected = energy_loss(draws, targets, 0.7)
+    (expected_gradient,) = torch.autograd.grad((expected * torch.arange(50)).sum(), draws)
     monkeypatch.setattr(energy, "_AT_ONCE", 7 * 4 * 6)
     parts = energy_loss(draws, targets, 0.7)
-    (of_parts,) = torch.autograd.grad((parts * torch.arange(50)).sum(), draws)
-    assert_close(parts, whole)
-    assert_close(of_parts, gradient)
+    (gradient,) = torch.autograd.grad((parts * torch.arange(50)).sum(), draws)
+    assert_close(parts, expected)
+    assert_close(gradient, expected_gradient)
 
 
-def test_gradient_of_the_targets_too():
+def test_gradient_of_the_targets_agrees_with_the_formula():
     draws, targets = torch.randn(4, 3, 6, requires_grad=True), torch.randn(5, 3, 6, requires_grad=True)
-    ours = torch.autograd.grad(energy_loss(draws, targets).sum(), (draws, targets))
+    gradients = torch.autograd.grad(energy_loss(draws, targets).sum(), (draws, targets))
     reference = torch.autograd.grad(literal_energy_loss(draws, targets, 1.0).sum(), (draws, targets))
-    for one, other in zip(ours, reference, strict=True):
-        assert_close(one, other, rtol=1e-4, atol=1e-5)
+    for gradient, expected in zip(gradients, reference, strict=True):
+        assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_compiled_for_any_number_of_positions():
-    """The number of targets of a batch changes all the time."""
+    """The number of targets differs from batch to batch, and must not cause a recompilation each time."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(energy_loss, backend=counter)
     for positions in range(3, 11):
         draws, targets = torch.randn(4, positions, 6, requires_grad=True), torch.randn(5, positions, 6)
-        (ours,) = torch.autograd.grad(compiled(draws, targets).sum(), draws)
+        (gradient,) = torch.autograd.grad(compiled(draws, targets).sum(), draws)
         (reference,) = torch.autograd.grad(energy_loss(draws, targets).sum(), draws)
-        assert_close(ours, reference)
+        assert_close(gradient, reference)
     assert counter.frame_count <= 3
 
 
@@ -130,7 +130,7 @@ def exact_expected_distance(points_NPZ, distribution, alpha):
 
 
 def random_distribution(size):
-    """Points and a distribution of them, deviations spread over a factor of 10, points near and far."""
+    """A distribution whose deviations span a factor of 10, and points near its mean and far from it."""
     generator = torch.Generator().manual_seed(size)
     mean, spread, direction = torch.randn(3, 4, size, generator=generator, dtype=torch.float64)
     distribution = DiagonalGaussian(mean, torch.special.ndtr(spread) * math.log(10))
@@ -138,7 +138,7 @@ def random_distribution(size):
     return mean + far * direction, distribution
 
 
-def test_the_exact_expected_distance_against_monte_carlo():
+def test_reference_for_the_expected_distance_agrees_with_monte_carlo():
     points, distribution = random_distribution(8)
     draws = distribution.sample(20_000, torch.Generator().manual_seed(0)).unsqueeze(1)
     for alpha in (0.5, 1.5):
@@ -166,9 +166,9 @@ def test_expected_distance_within_its_bound(alpha, size, tolerance):
         for n, factor in ((2, 2), (3, 8), (4, 48))
     )
     a = alpha / 2
-    above = a * (1 - a) * (2 - a) / 6 * third
-    below = above - (1 - a) * (2 - a) * (3 - a) / 6 * (3 * second**2 + fourth)
-    assert ((below - 1e-9 <= error) & (error <= above + 1e-9)).all()
+    upper = a * (1 - a) * (2 - a) / 6 * third
+    lower = upper - (1 - a) * (2 - a) * (3 - a) / 6 * (3 * second**2 + fourth)
+    assert ((lower - 1e-9 <= error) & (error <= upper + 1e-9)).all()
     share = distribution.variance.amax(-1) / mean
     assert (error.abs() <= 8 * (1 - a) * (2 - a) * (3 - a) * share**2 * (1 + 4 * share) + 1e-9).all()
 
@@ -187,11 +187,11 @@ def test_closed_form_is_the_limit_of_many_posterior_draws():
 
 
 @pytest.mark.parametrize("alpha", [0.0, 2.0, -1.0, 3.0])
-def test_improper_alpha_is_refused(alpha):
+def test_alpha_out_of_range_is_refused(alpha):
     with pytest.raises(ValueError, match="alpha must lie in"):
         energy_loss(torch.zeros(2, 1, 1), torch.zeros(1, 1, 1), alpha)
 
 
-def test_one_draw_is_refused():
+def test_single_draw_is_refused():
     with pytest.raises(ValueError, match="at least 2 draws"):
         energy_loss(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1))

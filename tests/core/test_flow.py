@@ -1,4 +1,4 @@
-"""Solvers on fields with known solutions, and the identity that MeanFlow trains on."""
+"""Flow matching: the straight path, and solvers on fields with known solutions."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from calm.core.flow import CALLS_PER_STEP, solve, straight_path
 
 
-def test_the_path_is_straight():
+def test_path_is_straight():
     noise, data = torch.randn(3, 5, 2), torch.randn(3, 5, 2)
     for time in (0.0, 0.25, 1.0):
         point, velocity = straight_path(noise, data, torch.full((3, 5), time))
@@ -20,7 +20,7 @@ def test_the_path_is_straight():
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("midpoint", 2), ("heun", 2)])
 def test_order_of_convergence(solver, order):
-    """dx/dt = (1 + t) x has the solution x_0 exp(t + t²/2); errors fall as the step to the order."""
+    """dx/dt = (1 + t) x has the solution x_0 exp(t + t²/2); errors fall like (step size)^order."""
     start = torch.tensor([1.0, -2.0], dtype=torch.float64)
     truth = start * math.exp(1.5)
 
@@ -33,7 +33,7 @@ def test_order_of_convergence(solver, order):
 
 
 @pytest.mark.parametrize("solver", CALLS_PER_STEP)
-def test_calls_and_times(solver):
+def test_number_and_times_of_velocity_calls(solver):
     times = []
 
     def velocity(x, time):
@@ -56,4 +56,4 @@ def test_flow_between_gaussians_reaches_the_data():
 
     start = torch.randn(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     end = solve(velocity, start, 100, "midpoint")
-    assert_close(end, mean + std * start, rtol=0, atol=2e-3)  # The map is linear and keeps the order.
+    assert_close(end, mean + std * start, rtol=0, atol=2e-3)  # The map is linear and increasing.

@@ -13,7 +13,7 @@ def test_kl_agrees_with_torch_distributions():
     assert_close(distribution.kl_to_standard_normal(), expected)
 
 
-def test_floor_counts_and_stops_the_gradient():
+def test_kl_below_the_floor_counts_as_the_floor_and_has_no_gradient():
     mean = torch.tensor([[0.0, 2.0]], requires_grad=True)  # KL 0 and 2.
     kl = floored_kl(DiagonalGaussian(mean, torch.zeros(1, 2)), floor=0.5)
     assert_close(kl.detach(), torch.tensor([2.5]))
@@ -21,7 +21,7 @@ def test_floor_counts_and_stops_the_gradient():
     assert_close(mean.grad, torch.tensor([[0.0, 2.0]]))
 
 
-def test_samples_have_mean_and_deviation_and_follow_the_generator():
+def test_samples_have_the_mean_and_deviation_and_follow_the_generator():
     distribution = DiagonalGaussian(torch.tensor([[1.0, -2.0]]), torch.tensor([[0.0, -1.0]]))
     draws = distribution.sample(100_000, torch.Generator().manual_seed(0))
     assert_close(draws.mean(0), distribution.mean, atol=0.02, rtol=0)

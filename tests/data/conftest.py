@@ -1,4 +1,4 @@
-"""Text that is prepared in many small pieces."""
+"""A fixture that makes even a small text be prepared in many pieces."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Long texts are cut between paragraphs, at finer borders where they have none, and lose nothing."""
+"""Long texts are cut between paragraphs, or at finer boundaries if they have none; no text is lost."""
 
 import random
 
@@ -22,7 +22,7 @@ LETTERS = "".join(random.Random(0).choices("abcdefghij", k=50_000))
     ),
     st.integers(1, 40),
 )
-def test_parts_together_are_the_text(pieces, size):
+def test_joined_parts_are_the_text(pieces, size):
     text = "".join(pieces)
     parts = parts_of(text, size)
     assert "".join(parts) == text
@@ -38,18 +38,18 @@ def test_parts_together_are_the_text(pieces, size):
     st.sampled_from(["\n\n", "\r\n\r\n", "\n \t\n", "\n\n\n\n", "\r\r"]),
     st.integers(1, 30_000),
 )
-def test_no_paragraph_is_cut(lengths, blank, size):
-    words = (
+def test_no_paragraph_is_cut(lengths, blank_line, size):
+    fillers = (
         f"{number} of several words. On two lines:\n".ljust(length, "x")
         for number, length in enumerate(lengths)
     )
     paragraphs = [
-        word[: max(len(str(number)) + 1, length)].strip()
-        for number, (word, length) in enumerate(zip(words, lengths, strict=True))
+        filler[: max(len(str(number)) + 1, length)].strip()
+        for number, (filler, length) in enumerate(zip(fillers, lengths, strict=True))
     ]
-    parts = parts_of(blank.join(paragraphs), size)
-    assert [paragraph for part in parts for paragraph in part.strip().split(blank)] == paragraphs
-    assert max(len(part) for part in parts) <= max(size, *map(len, paragraphs)) + len(blank)
+    parts = parts_of(blank_line.join(paragraphs), size)
+    assert [paragraph for part in parts for paragraph in part.strip().split(blank_line)] == paragraphs
+    assert max(len(part) for part in parts) <= max(size, *map(len, paragraphs)) + len(blank_line)
 
 
 TEXTS = {
@@ -67,12 +67,12 @@ TEXTS = {
 }
 
 
-@pytest.mark.parametrize(("text", "border"), TEXTS.values(), ids=TEXTS)
+@pytest.mark.parametrize(("text", "boundary"), TEXTS.values(), ids=TEXTS)
 @pytest.mark.parametrize("size", [1000, 5000])
-def test_a_text_without_paragraphs_is_cut_at_the_next_best_borders(text, border, size):
+def test_text_without_paragraphs_is_cut_at_the_next_best_boundaries(text, boundary, size):
     parts = parts_of(text, size)
     assert "".join(parts) == text
-    assert all(part.endswith(border) for part in parts[:-1])
+    assert all(part.endswith(boundary) for part in parts[:-1])
     assert max(len(part.encode()) for part in parts) <= size
     assert len(parts) < 4 * len(text.encode()) / size
 
@@ -90,8 +90,8 @@ def test_a_short_line_is_not_cut(text):
     assert parts_of(text, 1) == [text]
 
 
-def test_a_text_that_was_changed_is_mostly_cut_as_before():
-    """Else most of one version would be trained on and held out in the other."""
+def test_edited_text_is_mostly_cut_as_before():
+    """Otherwise most of what one version holds out would be trained on in the other."""
     paragraphs = list(stories(1, 1000))
     changed = ["A new beginning.", *paragraphs[:300], "Something new.", *paragraphs[302:]]
     before = set(parts_of("\n\n".join(paragraphs), 4000))

@@ -1,4 +1,4 @@
-"""Two workers ahead make the folder of a single process, also where one of them is killed."""
+"""Preparing text on Ray workers gives the folder of a single process, even if a worker is killed."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ from calm.data.prepare import prepare
 from calm.data.stories import stories
 from calm.errors import InputError, RunError
 
-# A format whose reader kills its process when it meets a file for the first time.
+# A format whose reader kills its process when it reads a file for the first time.
 DEADLY = """
 import os, signal
 from pathlib import Path
@@ -35,7 +35,7 @@ register_format(".deadly", read)
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """Two workers on this machine, which know a format of an installed package."""
+    """Two workers on this machine; an installed package registers a format with them."""
     ray = pytest.importorskip("ray")
     site = tmp_path_factory.mktemp("site")
     (site / "deadly.py").write_text(DEADLY)
@@ -51,7 +51,7 @@ def cluster(tmp_path_factory):
         ray.init(num_cpus=2, log_to_driver=False, logging_level="error", include_dashboard=False)
         yield ray
         ray.shutdown()
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has taken it.
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray replaces it.
 
 
 @pytest.fixture
@@ -67,15 +67,15 @@ def text(tmp_path):
 
 
 def prepared(text, output, **settings):
-    """All files of prepared text, and what they hold."""
+    """Prepare text; all files that were written, with their contents."""
     prepare(str(text), output, **({"vocab_size": 300, "validation_fraction": 0.1, "num_proc": 1} | settings))
     files = (path for path in output.parent.rglob("*") if path.is_file())
     return {str(path.relative_to(output.parent)): path.read_bytes() for path in files}
 
 
 @pytest.fixture
-def only_workers(monkeypatch):
-    """Nothing is read by this process."""
+def no_local_reading(monkeypatch):
+    """Any document that this process reads itself fails the test."""
 
     def rank_of(text, seed):
         raise AssertionError(f"this process read {text!r}")
@@ -84,24 +84,24 @@ def only_workers(monkeypatch):
 
 
 def test_two_workers_make_the_folder_of_one_process(cluster, text, tmp_path, small_pieces, request, caplog):
-    whole = prepared(text, tmp_path / "one/out")
-    request.getfixturevalue("only_workers")
+    expected = prepared(text, tmp_path / "one/out")
+    request.getfixturevalue("no_local_reading")
     with caplog.at_level(logging.INFO):
-        assert prepared(text, tmp_path / "two/out", engine="ray", num_proc=2) == whole
+        assert prepared(text, tmp_path / "two/out", engine="ray", num_proc=2) == expected
     assert "text: skipped 57 records without text" in caplog.text
-    assert {"out/prepared.json", "out/train/data-00000-of-00001.arrow"} <= whole.keys()
+    assert {"out/prepared.json", "out/train/data-00000-of-00001.arrow"} <= expected.keys()
 
 
 def test_a_worker_that_is_killed_is_replaced(cluster, text, tmp_path, small_pieces, monkeypatch):
     monkeypatch.setattr(formats, "FORMATS", dict(formats.FORMATS))
     register_format(".deadly", lambda path, options: [path.read_text()])
     (text / "b.deadly").write_text("It goes on where it was.")
-    whole = prepared(text, tmp_path / "one/out")
-    assert prepared(text, tmp_path / "two/out", engine="ray", num_proc=2) == whole
+    expected = prepared(text, tmp_path / "one/out")
+    assert prepared(text, tmp_path / "two/out", engine="ray", num_proc=2) == expected
     assert (text / "b.deadly.met").is_file()
 
 
-def test_a_mistake_that_a_worker_finds_is_a_sentence(cluster, text, tmp_path, small_pieces):
+def test_bad_record_read_by_a_worker_is_reported_in_one_sentence(cluster, text, tmp_path, small_pieces):
     good = (text / "2.jsonl").read_text()
     (text / "2.jsonl").write_text(f"{good}{{\n")
     before = sorted(text.iterdir())
@@ -112,7 +112,7 @@ def test_a_mistake_that_a_worker_finds_is_a_sentence(cluster, text, tmp_path, sm
     assert prepared(text, tmp_path / "two/out", engine="ray") == prepared(text, tmp_path / "one/out")
 
 
-def test_a_machine_that_does_not_see_the_files_is_a_sentence(cluster, tmp_path):
+def test_worker_that_cannot_see_the_files_is_reported(cluster, tmp_path):
     with (
         open_engine("ray", 2) as run_ahead,
         pytest.raises(RunError, match=r"a worker failed .*No such file.* All machines must see"),
@@ -120,7 +120,7 @@ def test_a_machine_that_does_not_see_the_files_is_a_sentence(cluster, tmp_path):
         run_ahead([partial(open, tmp_path / "nowhere")])
 
 
-def test_a_cluster_that_does_not_answer_is_a_sentence(cluster, text, tmp_path, monkeypatch):
+def test_unreachable_cluster_is_reported(cluster, text, tmp_path, monkeypatch):
     def init(**_):
         raise ConnectionError("Failed to connect to Ray cluster at 1.2.3.4:5")
 
@@ -131,7 +131,7 @@ def test_a_cluster_that_does_not_answer_is_a_sentence(cluster, text, tmp_path, m
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
-def test_without_ray_nothing_is_begun(text, tmp_path, monkeypatch):
+def test_missing_ray_is_reported_before_anything_is_written(text, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"needs ray\[data\], which is not installed"):
         prepared(text, tmp_path / "out", engine="ray")

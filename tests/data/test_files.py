@@ -1,4 +1,4 @@
-"""Folders as people's machines have them: what is hidden, linked or written by others in them."""
+"""Finding text in folders as they are: with hidden files, links, and what other programs left there."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from calm.data.shards import find_shards
 from calm.data.sources import load_documents
 from calm.errors import InputError
 
-NOT_READ = [
+SKIPPED = [
     ".ipynb_checkpoints/a-checkpoint.txt",
     "._a.txt",
     ".hidden.jsonl",
@@ -49,29 +49,29 @@ def names(folder: Path) -> list[str]:
     return [str(path.relative_to(folder)) for path in find_files(folder)]
 
 
-def told(folder: Path, caplog) -> list[str]:
+def logged_messages(folder: Path, caplog) -> list[str]:
     caplog.clear()
     with caplog.at_level(logging.INFO):
         find_files(folder, log_excluded=True)
     return [record.getMessage() for record in caplog.records]
 
 
-@pytest.mark.parametrize("path", NOT_READ)
-def test_what_systems_and_editors_leave_is_not_text(path, folder, caplog):
+@pytest.mark.parametrize("path", SKIPPED)
+def test_files_of_systems_and_editors_are_skipped(path, folder, caplog):
     write(folder / "a.txt", folder / "deep/b.txt", folder / path)
     assert names(folder) == ["a.txt", "deep/b.txt"]
-    [message] = told(folder, caplog)
+    [message] = logged_messages(folder, caplog)
     assert message.startswith(f"read 2 files of '{folder}'; left out: ") and message.endswith(" (1)")
 
 
-def test_what_a_user_names_is_read(folder):
+def test_hidden_files_and_folders_are_read_if_named(folder):
     write(folder / ".notes/a.txt", folder / ".notes/.b.txt", folder / "node_modules/c.txt")
     assert names(folder / ".notes") == ["a.txt"]
     assert find_files(folder / ".notes/.b.txt") == [folder / ".notes/.b.txt"]
     assert names(folder / "node_modules") == ["c.txt"]
 
 
-def test_an_ordinary_folder_is_read_whole_without_a_word(folder, caplog):
+def test_ordinary_folder_is_read_completely_and_silently(folder, caplog):
     for name in (
         "b/2.txt",
         "b.txt",
@@ -83,9 +83,9 @@ def test_an_ordinary_folder_is_read_whole_without_a_word(folder, caplog):
         "~a.txt",
     ):
         write(folder / name)
-    found = find_files(folder)
-    assert found == sorted(path for path in folder.rglob("*") if path.is_file())
-    assert len(found) == 8 and told(folder, caplog) == []
+    paths = find_files(folder)
+    assert paths == sorted(path for path in folder.rglob("*") if path.is_file())
+    assert len(paths) == 8 and logged_messages(folder, caplog) == []
 
 
 def test_links_are_followed_once(folder, tmp_path, caplog):
@@ -104,11 +104,11 @@ def test_links_are_followed_once(folder, tmp_path, caplog):
     (folder / "blob.jsonl").symlink_to(tmp_path / "store/blob")
     os.link(folder / "a.txt", folder / "z.txt")
     assert names(folder) == ["a.txt", "blob.jsonl", "d.txt", "link/deep/b.txt"]
-    [message] = told(folder, caplog)
+    [message] = logged_messages(folder, caplog)
     assert message == f"read 4 files of '{folder}'; left out: already read under another name (3), hidden (1)"
 
 
-def test_a_link_to_what_is_read_anyway_changes_nothing(folder):
+def test_redundant_links_change_nothing(folder):
     write(folder / "b/1.txt", folder / "b/2.txt", folder / "c.txt")
     before = find_files(folder)
     (folder / "a").symlink_to("b")
@@ -116,13 +116,13 @@ def test_a_link_to_what_is_read_anyway_changes_nothing(folder):
     assert find_files(folder) == before
 
 
-def test_loops_end(folder, caplog):
+def test_loops_of_links_end(folder, caplog):
     write(folder / "a/1.txt", folder.parent / "beside.txt")
     (folder / "a/up").symlink_to("..")
     (folder / "a/itself").symlink_to("itself")
     (folder / "parent").symlink_to("..")
     assert names(folder) == ["a/1.txt", "parent/beside.txt"]
-    assert "broken links (1)" in told(folder, caplog)[0]
+    assert "broken links (1)" in logged_messages(folder, caplog)[0]
 
 
 def test_a_link_may_be_named_directly(folder, tmp_path):
@@ -137,30 +137,30 @@ def test_broken_links_unreadable_folders_and_other_formats_are_counted(folder, c
     write(folder / "a.txt", folder / "b.png", folder / "c.csv", folder / "locked/d.txt", folder / ".DS_Store")
     (folder / "gone.txt").symlink_to("nowhere.txt")
     os.mkfifo(folder / "pipe.txt")
-    listed = os.listdir
+    original = os.listdir
 
     def listdir(path):
         if Path(path).name == "locked":
             raise PermissionError(13, "Permission denied", str(path))
-        return listed(path)
+        return original(path)
 
     monkeypatch.setattr(files.os, "listdir", listdir)
     left_out = "broken links (1), other formats (3: .png 1, .csv 1, .txt 1), unreadable (1)"
-    assert told(folder, caplog) == [f"read 1 file of '{folder}'; left out: {left_out}"]
+    assert logged_messages(folder, caplog) == [f"read 1 file of '{folder}'; left out: {left_out}"]
     with pytest.raises(InputError, match=r"cannot open the folder '.*locked' \(.*Permission denied"):
         find_files(folder / "locked")
 
 
-def test_what_calm_wrote_below_a_folder_is_no_text(folder, caplog):
+def test_runs_models_and_prepared_text_are_skipped(folder, caplog):
     write(folder / "a.txt", folder / "data/prepared.json", folder / "data/tokenizer/merges.txt")
     write(folder / "runs/x/recipe.yaml", folder / "runs/x/answers.jsonl", folder / "runs/x/model/config.json")
     write(folder / "gpt2/tokenizer_config.json", folder / "gpt2/vocab.txt")
-    write(folder / "project/recipe.yaml", folder / "project/data/b.txt")  # Somebody's own.
+    write(folder / "project/recipe.yaml", folder / "project/data/b.txt")  # Not written by calm.
     assert names(folder) == ["a.txt", "project/data/b.txt"]
-    assert "runs, models and prepared text (3)" in told(folder, caplog)[0]
+    assert "runs, models and prepared text (3)" in logged_messages(folder, caplog)[0]
 
 
-def test_a_folder_of_nothing_but_hidden_text_says_so(folder):
+def test_folder_with_only_hidden_text_says_so(folder):
     write(folder / ".a.txt", folder / ".git/b.txt", folder / "c.png")
     with pytest.raises(
         InputError, match=r"holds no .*\(left out: hidden \(2\), other formats \(1: .png 1\)\); check"
@@ -169,18 +169,18 @@ def test_a_folder_of_nothing_but_hidden_text_says_so(folder):
 
 
 @pytest.mark.parametrize("source", ["", "  ", "x" * 5000 + "/y", "nul\0l"])
-def test_odd_names_are_one_sentence(source):
+def test_odd_names_of_sources_are_refused(source):
     with pytest.raises(InputError, match=r"empty name|cannot access|there is no file or folder"):
         load_documents([source], ReadingOptions())
 
 
-def test_neither_file_nor_folder(tmp_path):
+def test_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(InputError, match="neither a file nor a folder"):
         find_files(tmp_path / "pipe.txt")
 
 
-def test_text_records_and_streams_leave_out_the_same(folder, tmp_path, caplog):
+def test_text_records_and_streams_skip_the_same_files(folder, tmp_path, caplog):
     records = [{"text": "a", "prompt": "p", "completion": "c"}]
     write(
         folder / "a.jsonl", folder / ".b.jsonl", text="".join(json.dumps(record) + "\n" for record in records)

@@ -1,4 +1,4 @@
-"""Formats of files: one table, to which others add."""
+"""The table of file formats, and formats that are registered from outside the package."""
 
 import gzip
 import importlib
@@ -23,8 +23,8 @@ EXAMPLE = Path(__file__).parents[2] / "examples/a_data_source_of_your_own.py"
 
 
 @pytest.fixture(autouse=True)
-def table(monkeypatch):
-    """What a test adds is gone afterwards."""
+def undo_registrations(monkeypatch):
+    """Formats that a test registers are gone afterwards."""
     monkeypatch.setattr(formats, "FORMATS", dict(FORMATS))
     formats._load_installed.cache_clear()
     yield
@@ -32,7 +32,7 @@ def table(monkeypatch):
 
 
 def film(number):
-    """A story as subtitles."""
+    """A story as the text of a subtitle file."""
     lines = [line for line in next(iter(stories(number, 1))).split(". ") if line]
     times = "00:00:{0:02},000 --> 00:00:{0:02},900"
     return "\n".join(f"{n}\n{times.format(n)}\n<i>{line}</i>\nand on.\n" for n, line in enumerate(lines))
@@ -56,16 +56,16 @@ def test_subtitles_are_unknown_until_they_are_registered(films):
     assert len(find_files(films)) == 12 and known_suffixes()[-1] == ".srt"
 
 
-def test_a_format_from_outside_is_read_as_what_it_says(films):
+def test_registered_format_is_read_by_its_reader(films):
     runpy.run_path(str(EXAMPLE))
-    told = next(iter(stories(11, 1)))
+    story = next(iter(stories(11, 1)))
     (document,) = read_documents(films / "last.SRT.gz", ReadingOptions())
-    assert document == "\n".join(f"{line} and on." for line in told.split(". "))
+    assert document == "\n".join(f"{line} and on." for line in story.split(". "))
     shards = find_shards([str(films)], ReadingOptions())
     assert [document for shard in shards for document in shard.read()][-1] == document
 
 
-def test_mistakes_in_a_format_from_outside_are_sentences(films, capsys):
+def test_mistakes_in_a_registered_format_are_reported(films, capsys):
     runpy.run_path(str(EXAMPLE))
     (films / "5.srt").write_text("Not a film.\n")
     with pytest.raises(SystemExit):
@@ -82,16 +82,16 @@ def test_mistakes_in_a_format_from_outside_are_sentences(films, capsys):
 
 
 @pytest.fixture
-def installed(tmp_path, monkeypatch):
-    """Packages that name formats as entry points."""
+def install_format(tmp_path, monkeypatch):
+    """Installs a package that registers a format by an entry point."""
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
 
     def install(name, text, suffix):
-        place = tmp_path / f"site/{name}-1.0.dist-info"
-        place.mkdir(parents=True)
+        dist_info = tmp_path / f"site/{name}-1.0.dist-info"
+        dist_info.mkdir(parents=True)
         (tmp_path / f"site/{name}.py").write_text(text)
-        (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        (place / "entry_points.txt").write_text(f"[calm.formats]\n{suffix} = {name}\n")
+        (dist_info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (dist_info / "entry_points.txt").write_text(f"[calm.formats]\n{suffix} = {name}\n")
         importlib.invalidate_caches()
 
     yield install
@@ -99,8 +99,8 @@ def installed(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_the_command_line_finds_a_format_by_its_entry_point(installed, films, tmp_path):
-    installed("subtitles", EXAMPLE.read_text(), "srt")
+def test_command_line_finds_a_format_by_its_entry_point(install_format, films, tmp_path):
+    install_format("subtitles", EXAMPLE.read_text(), "srt")
     main(["prepare", str(films), "--output", str(tmp_path / "out"), "--vocab_size", "300",
           "--validation_fraction", "0.2", "--num_proc", "2"])  # fmt: skip
     data = load_prepared(tmp_path / "out")
@@ -108,34 +108,34 @@ def test_the_command_line_finds_a_format_by_its_entry_point(installed, films, tm
     assert "and on." in data.tokenizer.decode(data.train[0]["input_ids"])
 
 
-def test_a_format_that_cannot_be_imported_leaves_the_others(installed, tmp_path, caplog):
-    installed("broken", "import a_module_that_is_not_there", "srt")
+def test_format_that_cannot_be_imported_is_skipped(install_format, tmp_path, caplog):
+    install_format("broken", "import a_module_that_is_not_there", "srt")
     (tmp_path / "a.txt").write_text("a")
     assert list(read_documents(tmp_path / "a.txt", ReadingOptions())) == ["a"]
     assert "skipping the format 'srt' of broken: No module named 'a_module_that_is_not_" in caplog.text
 
 
-def test_records_come_from_outside_too(tmp_path):
+def test_registered_format_can_supply_records(tmp_path):
     def records(path):
         yield f"'{path}', card 1", {"prompt": "a", "completion": "b"}
 
     calm.register_format(".cards", lambda path, options: ["a", " "], records)
     (tmp_path / "a.cards").write_text("")
     assert list(read_documents(tmp_path / "a.cards", ReadingOptions())) == ["a"]
-    ((where, record),) = read_records(tmp_path / "a.cards")
-    assert where.endswith("a.cards', card 1") and record["completion"] == "b"
+    ((location, record),) = read_records(tmp_path / "a.cards")
+    assert location.endswith("a.cards', card 1") and record["completion"] == "b"
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(InputError, match=r"examples come in \.jsonl or \.parquet or \.cards files"):
         list(read_records(tmp_path / "a.txt"))
 
 
-def test_the_longest_suffix_counts():
+def test_longest_matching_suffix_wins():
     calm.register_format(".book.txt", lambda path, options: ["a book"])
     assert list(read_documents(Path("a.book.txt.xz"), ReadingOptions())) == ["a book"]
     assert format_of(Path("a.txt")) is FORMATS[".txt"] and format_of(Path("a.book")) is None
 
 
 @pytest.mark.parametrize("suffix", ["srt", ".SRT", ".", "", ".gz"])
-def test_what_cannot_be_a_suffix_is_refused(suffix):
+def test_invalid_suffixes_are_refused(suffix):
     with pytest.raises(ValueError, match=f"begin with a dot, .* got {suffix!r}"):
         calm.register_format(suffix, lambda path, options: [])

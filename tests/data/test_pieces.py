@@ -1,4 +1,4 @@
-"""`calm prepare` that is killed goes on where it stopped, and takes nothing that does not belong to it."""
+"""A killed `calm prepare` resumes where it stopped, and reuses no stale or damaged work."""
 
 import json
 import signal
@@ -69,46 +69,46 @@ def count_calls(monkeypatch, module, name):
 
 
 def count_readings(monkeypatch):
-    """Files of JSON lines that are read."""
+    """Record each JSON-lines file that is read."""
     calls = count_calls(monkeypatch, reading, "documents_of_json_lines")
     monkeypatch.setitem(FORMATS, ".jsonl", Format(reading.documents_of_json_lines))
     return calls
 
 
-@pytest.mark.parametrize("where", ["read", "tokenize", "save"])
-def test_what_is_killed_goes_on(where, text, tmp_path, small_pieces, monkeypatch):
+@pytest.mark.parametrize("killed_during", ["read", "tokenize", "save"])
+def test_killed_preparation_resumes(killed_during, text, tmp_path, small_pieces, monkeypatch):
     output, work = tmp_path / "out", tmp_path / ".out.work"
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    done = start(where, text, "--output", output, program=program).wait()
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    result = start(killed_during, text, "--output", output, program=program).wait()
+    assert result.returncode == -signal.SIGKILL, result.stderr
     assert not output.exists() and not is_prepared(output)
-    read = len(list(work.glob("generator/*/*/*.arrow")))
-    kept = list(work.glob("tokens-*/*.arrow"))
-    assert (read, len(kept)) == {"read": (2, 0), "tokenize": (4, 2), "save": (4, 5)}[where]
+    num_read = len(list(work.glob("generator/*/*/*.arrow")))
+    token_files = list(work.glob("tokens-*/*.arrow"))
+    assert (num_read, len(token_files)) == {"read": (2, 0), "tokenize": (4, 2), "save": (4, 5)}[killed_during]
 
-    lines = count_readings(monkeypatch)
-    texts = count_calls(monkeypatch, pieces, "encode_documents")
+    readings = count_readings(monkeypatch)
+    encodings = count_calls(monkeypatch, pieces, "encode_documents")
     data = prepared(text, output)
-    assert len(lines) == 4 - read
-    assert len(texts) == 5 - len(kept)  # Of 78 training and 2 held-out documents.
+    assert len(readings) == 4 - num_read
+    assert len(encodings) == 5 - len(token_files)  # Of 78 training and 2 held-out documents.
     assert tokens(data) == tokens(prepared(text, tmp_path / "another"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["another", "out", "program.py", "text"]
 
 
-def test_a_bad_file_costs_itself_only(text, tmp_path, small_pieces, monkeypatch):
+def test_files_read_before_a_bad_one_are_not_read_again(text, tmp_path, small_pieces, monkeypatch):
     good = (text / "2.jsonl").read_text()
     (text / "2.jsonl").write_text(good + "{\n")
     with pytest.raises(InputError, match=r"2\.jsonl', line 21.*kept in '.*\.out\.work'"):
         prepared(text, tmp_path / "out")
     (text / "2.jsonl").write_text(good)
-    lines = count_readings(monkeypatch)
+    readings = count_readings(monkeypatch)
     data = prepared(text, tmp_path / "out")
-    assert len(lines) == 2
+    assert len(readings) == 2
     assert tokens(data) == tokens(prepared(text, tmp_path / "another"))
 
 
-def test_nothing_done_leaves_nothing(text, tmp_path, small_pieces):
+def test_failure_in_the_first_file_leaves_no_work_behind(text, tmp_path, small_pieces):
     (text / "0.jsonl").write_text('{"text": "good"}\n{\n')
     with pytest.raises(InputError, match=r"fix that line\.$"):
         prepared(text, tmp_path / "out")
@@ -116,8 +116,8 @@ def test_nothing_done_leaves_nothing(text, tmp_path, small_pieces):
 
 
 @pytest.mark.parametrize("change", ["text", "vocab_size", "seed", "tokenizer"])
-def test_stale_work_is_not_taken(change, text, tmp_path, small_pieces, monkeypatch):
-    """What was begun with other text or settings is another's work."""
+def test_stale_work_is_not_reused(change, text, tmp_path, small_pieces, monkeypatch):
+    """Work on other text or with other settings does not count."""
     monkeypatch.setattr(pieces.shutil, "rmtree", lambda *_, **__: None)  # Keeps all pieces of the first run.
     prepared(text, tmp_path / "out")
     (tmp_path / "out").rename(tmp_path / "first")
@@ -143,28 +143,28 @@ def halve(file):
 
 
 def unmark(file):
-    """As if its writer had been killed before it was marked as finished."""
+    """As if its writer had been killed before it wrote the checksum."""
     file.with_name(f"{file.name}.sum").unlink()
 
 
 @pytest.mark.parametrize("pieces_of", ["tokens-*/*.arrow", "generator/*/*/*.arrow"])
 @pytest.mark.parametrize("damage", [flip_a_bit, halve, unmark])
-def test_a_damaged_piece_is_made_anew(damage, pieces_of, text, tmp_path, small_pieces, monkeypatch, caplog):
+def test_damaged_piece_is_rebuilt(damage, pieces_of, text, tmp_path, small_pieces, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         patch.setattr(pieces.shutil, "rmtree", lambda *_, **__: None)
-        whole = tokens(prepared(text, tmp_path / "out"))
+        expected = tokens(prepared(text, tmp_path / "out"))
     (tmp_path / "out").rename(tmp_path / "first")
     for piece in sorted((tmp_path / ".out.work").glob(pieces_of))[1:3]:
         damage(piece)
-    assert tokens(prepared(text, tmp_path / "out")) == whole
+    assert tokens(prepared(text, tmp_path / "out")) == expected
     assert "that are damaged or incomplete; rebuilding them" in caplog.text
 
 
-def test_what_no_damaged_piece_explains_is_raised(tmp_path):
-    """Not the same again: nothing that is kept is to blame."""
-    whole = datasets.Dataset.from_dict({"n": [1]})
+def test_error_without_a_damaged_piece_is_raised(tmp_path):
+    """No second attempt, and no file removed: the cached ones are intact."""
+    dataset = datasets.Dataset.from_dict({"n": [1]})
     file = str(tmp_path / "a.arrow")
-    load_or_make(lambda: whole.map(dict, cache_file_name=file), tmp_path, "numbers")
+    load_or_make(lambda: dataset.map(dict, cache_file_name=file), tmp_path, "numbers")
 
     def fail():
         raise pyarrow.ArrowInvalid("of its own")

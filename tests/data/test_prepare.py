@@ -1,4 +1,4 @@
-"""Prepared folders: the split goes by document, the folder appears whole or not at all."""
+"""Prepared folders: the split is by document, and the folder appears complete or not at all."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from calm.core.chunks import IGNORED_LABEL
-from calm.data import prepared as opening
+from calm.data import prepared as prepared_module
 from calm.data.options import ReadingOptions
 from calm.data.prepare import prepare
 from calm.data.prepared import PreparedData, held_out_data, is_prepared, load_prepared
@@ -47,11 +47,11 @@ def texts_of(data, split):
 
 
 def everything_below(folder):
-    """Paths and contents, to see that nothing changed."""
+    """Paths and contents, to check that nothing changed."""
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-def test_split_by_document(source, tmp_path):
+def test_split_is_by_document(source, tmp_path):
     """Equal documents are on one side, no document is on both, none is lost."""
     data = prepare_here(source, tmp_path / "out", validation_fraction=0.2)
     train, validation = texts_of(data, "train"), texts_of(data, "validation")
@@ -60,7 +60,7 @@ def test_split_by_document(source, tmp_path):
     assert Counter(train + validation) == Counter(DOCUMENTS)
 
 
-def test_order_is_kept(source, tmp_path):
+def test_splits_keep_the_order_of_documents(source, tmp_path):
     data = prepare_here(source, tmp_path / "out", validation_fraction=0.2)
     for split in ("train", "validation"):
         texts = texts_of(data, split)
@@ -69,10 +69,10 @@ def test_order_is_kept(source, tmp_path):
 
 def test_what_is_held_out_depends_on_seed_and_text_only(source, tmp_path):
     """Not on the order of the documents, nor on the run."""
-    turned = write_source(tmp_path / "turned.jsonl", DOCUMENTS[::-1])
+    backwards = write_source(tmp_path / "backwards.jsonl", DOCUMENTS[::-1])
     first = prepare_here(source, tmp_path / "a", validation_fraction=0.2, seed=3)
     second = prepare_here(source, tmp_path / "b", validation_fraction=0.2, seed=3)
-    other_order = prepare_here(turned, tmp_path / "c", validation_fraction=0.2, seed=3)
+    other_order = prepare_here(backwards, tmp_path / "c", validation_fraction=0.2, seed=3)
     other_seed = prepare_here(source, tmp_path / "d", validation_fraction=0.2, seed=4)
     for split in ("train", "validation"):
         assert list(getattr(first, split)["input_ids"]) == list(getattr(second, split)["input_ids"])
@@ -81,13 +81,13 @@ def test_what_is_held_out_depends_on_seed_and_text_only(source, tmp_path):
 
 
 @pytest.mark.parametrize(("fraction", "held_out"), [(1e-6, 1), (0.999999, 29)])
-def test_no_side_is_empty(fraction, held_out, source, tmp_path):
+def test_neither_split_is_empty(fraction, held_out, source, tmp_path):
     data = prepare_here(source, tmp_path / "out", validation_fraction=fraction)
     assert len(set(texts_of(data, "validation"))) == held_out
     assert len(set(texts_of(data, "train"))) == 30 - held_out
 
 
-def test_what_is_in_the_folder(source, tmp_path):
+def test_contents_of_the_prepared_folder(source, tmp_path):
     data = prepare_here(source, tmp_path / "deep" / "out")
     folder = tmp_path / "deep" / "out"
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -102,12 +102,12 @@ def test_what_is_in_the_folder(source, tmp_path):
     info = json.loads((folder / "prepared.json").read_text())
     assert info["sources"] == [str(source)] and info["vocab_size"] == data.vocab_size == len(data.tokenizer)
     assert info["documents"] == {"train": len(data.train), "validation": len(data.validation)}
-    again = load_prepared(folder)
-    assert list(again.train["input_ids"]) == list(data.train["input_ids"])
-    assert again.tokenizer.get_vocab() == data.tokenizer.get_vocab()
+    reloaded = load_prepared(folder)
+    assert list(reloaded.train["input_ids"]) == list(data.train["input_ids"])
+    assert reloaded.tokenizer.get_vocab() == data.tokenizer.get_vocab()
 
 
-def test_tokens_of_a_document(source, tmp_path):
+def test_documents_begin_with_bos_and_lack_eos(source, tmp_path):
     """BOS in front and no EOS: chunking adds it."""
     data = prepare_here(source, tmp_path / "out")
     assert data.train.column_names == data.validation.column_names == ["input_ids"]
@@ -115,26 +115,26 @@ def test_tokens_of_a_document(source, tmp_path):
         assert ids[0] == data.tokenizer.bos_token_id and data.tokenizer.eos_token_id not in ids
 
 
-def test_tokens_of_a_long_text_are_counted_in_its_first_part(source, tmp_path, monkeypatch):
+def test_only_the_first_tokens_of_a_long_text_are_counted(source, tmp_path, monkeypatch):
     prepare_here(source, tmp_path / "data")
     data = load_prepared(tmp_path / "data")
     documents = [[*tokens, data.tokenizer.eos_token_id] for tokens in data.train["input_ids"]]
-    whole = Counter(token for document in documents for token in document)
-    assert data.token_counts().tolist() == [whole[token] for token in range(data.vocab_size)]
-    monkeypatch.setattr(opening, "_MAX_TOKENS_COUNTED", len(documents[0]) + 1)
-    part = Counter(documents[0] + documents[1])
-    assert data.token_counts().tolist() == [part[token] for token in range(data.vocab_size)]
+    all_counts = Counter(token for document in documents for token in document)
+    assert data.token_counts().tolist() == [all_counts[token] for token in range(data.vocab_size)]
+    monkeypatch.setattr(prepared_module, "_MAX_TOKENS_COUNTED", len(documents[0]) + 1)
+    first_counts = Counter(documents[0] + documents[1])
+    assert data.token_counts().tolist() == [first_counts[token] for token in range(data.vocab_size)]
 
 
-def test_the_training_text_as_one_stream(source, tmp_path, monkeypatch):
-    """However many documents are read at once; one without tokens is only its end."""
+def test_training_stream_joins_documents_with_eos(source, tmp_path, monkeypatch):
+    """For any number of documents read at once; a document without tokens is just EOS."""
     data = prepare_here(source, tmp_path / "data")
     empty = datasets.Dataset.from_dict({"input_ids": [[], []]}, features=data.train.features)
     train = datasets.concatenate_datasets([empty, data.train, empty])
     end = data.tokenizer.eos_token_id
     expected = [[*tokens, end] for tokens in train["input_ids"]]
-    for at_once in (1000, 3):
-        monkeypatch.setattr(opening, "_READ_AT_ONCE", at_once)
+    for batch_size in (1000, 3):
+        monkeypatch.setattr(prepared_module, "_READ_AT_ONCE", batch_size)
         stream, lengths = dataclasses.replace(data, train=train).training_stream()
         assert stream.tolist() == [token for tokens in expected for token in tokens]
         assert lengths.tolist() == [len(tokens) for tokens in expected]
@@ -142,14 +142,14 @@ def test_the_training_text_as_one_stream(source, tmp_path, monkeypatch):
     assert stream.tolist() == lengths.tolist() == []
 
 
-def test_the_vocabulary_is_trained_on_the_training_documents_only(tmp_path):
+def test_vocabulary_is_trained_on_training_documents_only(tmp_path):
     train, held_out = write_source(tmp_path / "a.jsonl", ["aaaa"] * 3), tmp_path / "b.jsonl"
     write_source(held_out, ["zqzqzqzq " * 9])
     data = prepare_here(train, tmp_path / "out", vocab_size=1000, validation_sources=[str(held_out)])
     assert "aa" in data.tokenizer.get_vocab() and "zq" not in data.tokenizer.get_vocab()
 
 
-def test_validation_sources(source, tmp_path):
+def test_validation_sources_are_held_out(source, tmp_path):
     other = list(stories(1, 5))
     held_out = write_source(tmp_path / "held_out.jsonl", other)
     data = prepare_here(source, tmp_path / "out", validation_sources=[str(held_out)])
@@ -158,12 +158,13 @@ def test_validation_sources(source, tmp_path):
 
 
 def test_one_document_is_enough_with_validation_sources(tmp_path):
-    one, other = write_source(tmp_path / "1.jsonl", ["one"]), write_source(tmp_path / "2.jsonl", ["two"])
-    data = prepare_here(one, tmp_path / "out", validation_sources=[str(other)])
+    train = write_source(tmp_path / "1.jsonl", ["one"])
+    held_out = write_source(tmp_path / "2.jsonl", ["two"])
+    data = prepare_here(train, tmp_path / "out", validation_sources=[str(held_out)])
     assert (texts_of(data, "train"), texts_of(data, "validation")) == (["one"], ["two"])
 
 
-def test_given_tokenizer(source, tmp_path):
+def test_given_tokenizer_is_used(source, tmp_path):
     tokenizer = train_tokenizer(stories(5, 20), 320)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     data = prepare_here(source, tmp_path / "out", tokenizer=str(tmp_path / "tokenizer"))
@@ -179,7 +180,7 @@ def test_one_document_cannot_be_split(documents, tmp_path):
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 2.0])
-def test_bad_fraction(fraction, source, tmp_path):
+def test_bad_fractions_are_refused(fraction, source, tmp_path):
     with pytest.raises(InputError, match=f"validation_fraction must lie between 0 and 1, got {fraction}"):
         prepare_here(source, tmp_path / "out", validation_fraction=fraction)
 
@@ -196,7 +197,7 @@ FAILURES = {
 @pytest.mark.parametrize("settings", FAILURES.values(), ids=FAILURES)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_nothing_is_left_behind_after_a_failure(settings, overwrite, source, tmp_path):
-    """And what stood at the output stays as it was."""
+    """And whatever was in the output folder stays as it was."""
     output = tmp_path / "out"
     if overwrite:
         output.mkdir()
@@ -229,8 +230,8 @@ def test_an_output_below_a_file_is_refused(source):
         prepare_here(source, source / "out")
 
 
-def test_the_folder_one_stands_in_is_refused(source, tmp_path, monkeypatch):
-    """It has no name to put a finished folder in its place."""
+def test_current_folder_as_output_is_refused(source, tmp_path, monkeypatch):
+    """The finished folder is renamed into place, and `Path()` is no name to rename to."""
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     with pytest.raises(InputError, match="output"):
@@ -254,7 +255,7 @@ def test_overwrite_replaces_the_whole_folder(source, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["documents.jsonl", "other.jsonl", "out"]
 
 
-def test_a_wrong_folder_is_not_loaded(tmp_path):
+def test_folder_without_prepared_text_is_refused(tmp_path):
     (tmp_path / "some.txt").write_text("text")
     for path in (tmp_path, tmp_path / "none", tmp_path / "some.txt"):
         with pytest.raises(InputError, match=r"is not a prepared folder .*run `calm prepare` first"):
@@ -264,7 +265,7 @@ def test_a_wrong_folder_is_not_loaded(tmp_path):
 @pytest.mark.parametrize(
     "lost", ["train/dataset_info.json", "validation/state.json", "tokenizer/tokenizer.json"]
 )
-def test_a_damaged_folder_is_not_loaded(lost, source, tmp_path):
+def test_folder_with_a_missing_file_is_refused(lost, source, tmp_path):
     prepare_here(source, tmp_path / "out")
     (tmp_path / "out" / lost).unlink()
     with pytest.raises(InputError, match=rf"out' is damaged: {lost} is missing; prepare it again"):
@@ -284,7 +285,7 @@ def test_blocks_hold_the_documents_of_the_split(layout, source, tmp_path):
     assert labels[labels != IGNORED_LABEL].tolist() == expected
 
 
-def test_offsets_go_on_over_the_batches_of_a_large_split(tmp_path):
+def test_offsets_do_not_repeat_from_one_batch_to_the_next(tmp_path):
     """`datasets` hands over 1000 documents at a time; document 1000 must not count as document 0 again."""
     num = 2500
     documents = datasets.Dataset.from_dict({"input_ids": [[5, 5, 5]] * num})
@@ -299,7 +300,7 @@ def test_offsets_go_on_over_the_batches_of_a_large_split(tmp_path):
     assert not torch.equal(offsets[:500], offsets[2000:])
 
 
-def test_bad_block_size(source, tmp_path):
+def test_bad_block_size_is_refused(source, tmp_path):
     data = prepare_here(source, tmp_path / "out")
     with pytest.raises(InputError, match="multiple of the chunk size 4"):
         data.blocks("train", chunk_size=4, block_size=10)
@@ -318,7 +319,7 @@ def test_held_out_part_of_a_prepared_folder(source, tmp_path):
     assert list(data.validation["input_ids"]) == list(prepared.validation["input_ids"])
 
 
-def test_held_out_folder_of_another_tokenizer(source, tmp_path):
+def test_held_out_folder_of_another_tokenizer_is_refused(source, tmp_path):
     prepare_here(source, tmp_path / "out")
     other = train_tokenizer(stories(5, 20), 320)
     with pytest.raises(InputError, match=r"out' was prepared with a different tokenizer from the model's"):

@@ -1,4 +1,4 @@
-"""What is too long for memory, or no text, is one sentence."""
+"""Documents that are too long for memory, or are not text, are refused."""
 
 import gzip
 import json
@@ -37,13 +37,13 @@ TOO_LONG = {
 
 
 @pytest.mark.parametrize(("name", "content", "message"), TOO_LONG.values(), ids=TOO_LONG)
-def test_what_is_too_long(name, content, message, tmp_path):
+def test_too_long_text_is_refused(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         list(read_documents(tmp_path / name, SMALL))
 
 
-def test_as_long_as_may_be(tmp_path):
+def test_longest_allowed_text_is_read(tmp_path):
     (tmp_path / "a.txt").write_bytes(LONG[:-2] + b"\n")
     assert list(read_documents(tmp_path / "a.txt", SMALL)) == [LONG[:-2].decode()]
     (tmp_path / "b.txt").write_bytes(b"---\n".join([MANY[:-10]] * 3))
@@ -56,7 +56,7 @@ def test_as_long_as_may_be(tmp_path):
     assert len(next(lines[1])[1]) == 10**6
 
 
-def test_long_documents_in_parquet(tmp_path):
+def test_too_long_documents_in_parquet_are_refused(tmp_path):
     path = parquet(tmp_path / "a.parquet", ["short", LONG.decode(), None, "last"])
     documents = read_documents(path, SMALL)
     assert next(documents) == "short"
@@ -79,30 +79,30 @@ def test_long_documents_in_parquet(tmp_path):
         assert table.metadata.num_rows == 1
 
 
-NO_UTF8 = [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")]
+INVALID_UTF8 = [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")]
 COLUMNS = {
     "numbers": (pa.array([1, 2]), "is int64, not text"),
     "bytes": (pa.array([b"a"]), "is binary, not text"),
     "lists": (pa.array([["a"]]), "is list<.*>, not text"),
     "structs": (pa.array([{"a": "b"}]), "is struct<.*>, not text"),
     "another": (None, "has no field 'text'; its fields are other"),
-    "no UTF-8": (pa.Array.from_buffers(pa.string(), 1, NO_UTF8), "is not UTF-8"),
+    "no UTF-8": (pa.Array.from_buffers(pa.string(), 1, INVALID_UTF8), "is not UTF-8"),
 }
 
 
 @pytest.mark.parametrize(("column", "message"), COLUMNS.values(), ids=COLUMNS)
-def test_odd_columns(column, message, tmp_path):
+def test_parquet_columns_without_text_are_refused(column, message, tmp_path):
     column, name = (["a"], "other") if column is None else (column, "text")
     path = parquet(tmp_path / "a.parquet", column, name)
     with pytest.raises(InputError, match=message):
         list(read_documents(path, SMALL))
 
 
-def test_a_column_of_nothing_but_nulls_is_one_of_records_without_text(tmp_path):
+def test_column_of_nulls_gives_records_without_text(tmp_path):
     assert list(read_documents(parquet(tmp_path / "a.parquet", pa.nulls(2)), SMALL)) == [None, None]
 
 
-def test_records_that_are_not_utf8(tmp_path):
+def test_records_that_are_not_utf8_are_refused(tmp_path):
     parquet(tmp_path / "a.parquet", COLUMNS["no UTF-8"][0])
     with pytest.raises(InputError, match="is not UTF-8"):
         list(load_records([str(tmp_path / "a.parquet")]))
@@ -110,13 +110,13 @@ def test_records_that_are_not_utf8(tmp_path):
 
 @pytest.mark.parametrize("options", [{"use_dictionary": True}, {"compression": "gzip", "version": "1.0"}, {}])
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
-def test_encodings_of_parquet_are_one_text(options, kind, tmp_path):
+def test_all_parquet_encodings_give_the_same_text(options, kind, tmp_path):
     texts = ["one", "two", "one", "größer"] * 100
     path = parquet(tmp_path / "a.parquet", pa.array(texts, kind), row_group_size=7, **options)
     assert list(read_documents(path, SMALL)) == texts
 
 
-def test_columns_of_the_same_name(tmp_path):
+def test_columns_of_the_same_name_are_refused(tmp_path):
     table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(InputError, match="has several columns 'text'"):

@@ -1,4 +1,4 @@
-"""Datasets of the library `datasets`, in memory and saved, beside files of the same texts."""
+"""Datasets of the library `datasets`, in memory, saved or on the hub: the same text as from files."""
 
 import json
 import logging
@@ -25,8 +25,8 @@ WITH_NULLS = [TEXTS[0], None, TEXTS[1], "", " \n", *TEXTS[2:], None]
 DASHES = ReadingOptions(separator="---")
 
 
-def records(texts, **more):
-    return [{"n": number, "text": text, **more} for number, text in enumerate(texts)]
+def records(texts, **fields):
+    return [{"n": number, "text": text, **fields} for number, text in enumerate(texts)]
 
 
 def as_jsonl(path, rows):
@@ -88,7 +88,7 @@ ON_DISK = FORMS[:5]
 
 @pytest.fixture(autouse=True)
 def hub(tmp_path, monkeypatch):
-    """A hub of one dataset, and a cache of its own."""
+    """A hub with one dataset, and a cache for each test."""
     original = datasets.load_dataset
 
     def load(name, config, split, streaming):
@@ -107,27 +107,27 @@ def texts_in(source, cache, **options):
 
 @pytest.fixture(scope="module")
 def digest(tmp_path_factory):
-    """That of the texts as a single text file."""
+    """The digest of the texts prepared from a single text file."""
     folder = tmp_path_factory.mktemp("text")
     (folder / "all.txt").write_text("\n---\n".join(TEXTS))
     return prepare(str(folder), folder / "out", options=DASHES, vocab_size=300, num_proc=1).digest
 
 
 @in_every_form
-@pytest.mark.parametrize("texts", [TEXTS, WITH_NULLS], ids=["whole", "with nulls"])
-def test_the_same_texts_in_any_form_are_the_same_prepared_text(form, texts, digest, tmp_path, caplog):
+@pytest.mark.parametrize("texts", [TEXTS, WITH_NULLS], ids=["all texts", "with nulls"])
+def test_texts_in_any_form_give_the_same_prepared_text(form, texts, digest, tmp_path, caplog):
     """Records without text are skipped, and counted, in all of them alike."""
     with caplog.at_level(logging.INFO):
         data = prepare(form(tmp_path, records(texts)), tmp_path / "out", vocab_size=300, num_proc=1)
     assert data.digest == digest
-    told = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
+    messages = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
     skipped = len(texts) - len(TEXTS)
-    assert told == ["text: skipped 4 records without text"] * bool(skipped)
+    assert messages == ["text: skipped 4 records without text"] * bool(skipped)
     assert json.loads((tmp_path / "out/prepared.json").read_text())["records_without_text"] == skipped
 
 
 @pytest.mark.parametrize("suffix", [".md", ".rst", ".text", ""])
-def test_plain_text_of_another_name_is_the_same_prepared_text(suffix, digest, tmp_path):
+def test_plain_text_of_any_suffix_gives_the_same_prepared_text(suffix, digest, tmp_path):
     (tmp_path / "texts").mkdir()
     files = [tmp_path / f"texts/{number:02}{suffix}" for number in range(len(TEXTS))]
     for file, text in zip(files, TEXTS, strict=True):
@@ -137,17 +137,17 @@ def test_plain_text_of_another_name_is_the_same_prepared_text(suffix, digest, tm
 
 
 @in_every_form
-def test_a_stream_skips_the_same(form, tmp_path):
-    found = find_shards([form(tmp_path, records(WITH_NULLS))], ReadingOptions())
-    read = [text for shard in found for text in shard.read()]
-    assert [text for text in read if text is not None] == TEXTS
-    assert read.count(None) == 4
+def test_streams_skip_the_same_records(form, tmp_path):
+    parts = find_shards([form(tmp_path, records(WITH_NULLS))], ReadingOptions())
+    documents = [text for shard in parts for text in shard.read()]
+    assert [text for text in documents if text is not None] == TEXTS
+    assert documents.count(None) == 4
 
 
 @in_every_form
 @pytest.mark.parametrize("fields", ["title,text", "title, text", ["title", "text"]])
-def test_several_fields(form, fields, tmp_path):
-    """With a blank line between them; what is null or blank is left out."""
+def test_several_fields_are_joined(form, fields, tmp_path):
+    """With a blank line between them; null and blank fields are left out."""
     rows = [
         {"text": "told", "title": "One"},
         {"text": "told too", "title": None},
@@ -163,13 +163,13 @@ def test_several_fields(form, fields, tmp_path):
 
 @in_every_form
 @pytest.mark.parametrize("fields", ["body", "text,body"])
-def test_a_field_that_no_record_has(form, fields, tmp_path):
+def test_missing_field_is_refused(form, fields, tmp_path):
     with pytest.raises(InputError, match=r"has no field 'body'; its fields are n, text\. Name another with"):
         texts_in(form(tmp_path, records(TEXTS)), tmp_path / "cache", text_field=fields)
 
 
 @in_every_form
-def test_a_field_of_numbers(form, tmp_path):
+def test_field_of_numbers_is_refused(form, tmp_path):
     with pytest.raises(InputError, match=r"(field|column) 'n'.* not text"):
         texts_in(form(tmp_path, records(TEXTS)), tmp_path / "cache", text_field="text,n")
 
@@ -185,26 +185,26 @@ def test_a_row_is_named_by_its_number_in_the_dataset(tmp_path, monkeypatch):
 
 
 @in_every_form
-def test_nothing_but_nulls(form, tmp_path):
+def test_dataset_of_nulls_is_refused(form, tmp_path):
     with pytest.raises(InputError, match=r"there is no text in .*; give a source with text"):
         texts_in(form(tmp_path, records([None, None])), tmp_path / "cache")
 
 
 @in_every_form
-def test_a_text_that_is_too_long(form, tmp_path):
+def test_too_long_text_is_refused(form, tmp_path):
     with pytest.raises(InputError, match=r"is longer than 1 MB; split it, or raise --max_document_mb"):
         texts_in(form(tmp_path, records(["a" * 10**6, "b" * (10**6 + 1)])), tmp_path / "c", max_document_mb=1)
 
 
 @pytest.mark.parametrize("names", ["", " ", ",", "a,,b", "a,a", [], [""], ["a", "a"]])
-def test_names_of_fields(names):
+def test_invalid_names_of_fields_are_refused(names):
     with pytest.raises(
         InputError, match=r"text_field must name one field, or several such as title,text; got"
     ):
         ReadingOptions(text_field=names)
 
 
-def test_a_name_with_a_comma_is_given_in_a_list(tmp_path):
+def test_name_of_a_field_with_a_comma_is_given_in_a_list(tmp_path):
     source = datasets.Dataset.from_dict({"a,b": TEXTS})
     assert texts_in(source, tmp_path, text_field=["a,b"]) == TEXTS
 
@@ -225,13 +225,13 @@ def test_the_order_of_sources_is_kept(tmp_path):
         assert list(documents.texts["text"]) == TEXTS
 
 
-def test_what_a_user_has_chosen_of_a_dataset(tmp_path):
+def test_shuffled_selection_of_a_dataset_is_read_in_its_order(tmp_path):
     chosen = datasets.load_from_disk(as_folder(tmp_path, records(TEXTS))).shuffle(seed=1).select(range(5))
     assert texts_in(chosen, tmp_path / "cache") == list(chosen["text"]) != TEXTS[:5]
 
 
 @pytest.mark.parametrize("is_saved", [True, False])
-def test_a_split_for_validation_is_held_out(is_saved, tmp_path, caplog):
+def test_validation_split_of_a_dataset_is_held_out(is_saved, tmp_path, caplog):
     splits = datasets.DatasetDict(
         {
             "train": datasets.Dataset.from_list(records(TEXTS[:8])),
@@ -243,20 +243,20 @@ def test_a_split_for_validation_is_held_out(is_saved, tmp_path, caplog):
     source = str(tmp_path / "saved") if is_saved else splits
     with caplog.at_level(logging.INFO):
         data = prepare(source, tmp_path / "out", vocab_size=300, num_proc=1)
-    told = [data.tokenizer.decode(ids, skip_special_tokens=True) for ids in data.validation["input_ids"]]
-    assert told == TEXTS[8:] and len(data.train) == 8
+    held_out = [data.tokenizer.decode(ids, skip_special_tokens=True) for ids in data.validation["input_ids"]]
+    assert held_out == TEXTS[8:] and len(data.train) == 8
     assert "its own split 'validation' is held out" in caplog.text
-    other = prepare(source, tmp_path / "other", vocab_size=300, num_proc=1, validation_sources=splits["test"])
-    assert len(other.validation) == 1
+    given = prepare(source, tmp_path / "given", vocab_size=300, num_proc=1, validation_sources=splits["test"])
+    assert len(given.validation) == 1
     if is_saved:
         scored = held_out_data([source], data.tokenizer, ReadingOptions())
         assert len(scored.validation) == 4
         (tmp_path / "more.txt").write_text("And this.")
-        both = held_out_data([source, str(tmp_path / "more.txt")], data.tokenizer, ReadingOptions())
-        assert len(both.validation) == 5
+        combined = held_out_data([source, str(tmp_path / "more.txt")], data.tokenizer, ReadingOptions())
+        assert len(combined.validation) == 5
 
 
-def test_splits_of_which_none_is_to_train_on(tmp_path):
+def test_splits_without_a_training_split_are_refused(tmp_path):
     splits = datasets.DatasetDict({"test": in_memory(tmp_path, records(TEXTS))})
     splits.save_to_disk(tmp_path / "saved")
     for source in (splits, str(tmp_path / "saved")):
@@ -265,7 +265,7 @@ def test_splits_of_which_none_is_to_train_on(tmp_path):
     assert texts_in(str(tmp_path / "saved/test"), tmp_path / "cache") == TEXTS
 
 
-def test_prepared_text_is_no_source_of_text(tmp_path, capsys):
+def test_prepared_text_is_refused_as_a_source(tmp_path, capsys):
     prepare(in_memory(tmp_path, records(TEXTS)), tmp_path / "out", vocab_size=300, num_proc=1)
     with pytest.raises(
         InputError, match=r"out' is prepared text, which a recipe accepts only as its sole source"
@@ -276,7 +276,7 @@ def test_prepared_text_is_no_source_of_text(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("source", [["a", "b"], 3, None, {"train": ["a"]}, iter("ab")])
-def test_what_is_no_source(source, tmp_path):
+def test_invalid_sources_are_refused(source, tmp_path):
     with pytest.raises(InputError, match=r"a source must be a name or a dataset of .*\.from_dict"):
         prepare([source], tmp_path / "out")
     with pytest.raises(InputError, match=r"a source must be a name or a dataset of"):
@@ -284,7 +284,7 @@ def test_what_is_no_source(source, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_saved_dataset_below_a_folder_has_to_be_named(tmp_path, caplog):
+def test_saved_dataset_below_a_folder_has_to_be_named(tmp_path, caplog):
     (tmp_path / "a.txt").write_text("a")
     as_folder(tmp_path, records(TEXTS))
     with caplog.at_level(logging.INFO):
@@ -294,7 +294,7 @@ def test_a_saved_dataset_below_a_folder_has_to_be_named(tmp_path, caplog):
 
 @pytest.mark.parametrize("file", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow"])
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"{}"])
-def test_a_damaged_folder(file, damage, tmp_path):
+def test_damaged_saved_dataset_is_refused(file, damage, tmp_path):
     source = as_folder(tmp_path, records(TEXTS))
     (tmp_path / "saved" / file).write_bytes(damage)
     if (file, damage) == ("dataset_info.json", b"{}"):
@@ -306,7 +306,7 @@ def test_a_damaged_folder(file, damage, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../other/data-00000-of-00001.arrow", "/etc/hostname", "..", ""])
-def test_a_folder_that_names_files_outside(name, tmp_path):
+def test_saved_dataset_that_names_outside_files_is_refused(name, tmp_path):
     source = as_folder(tmp_path, records(TEXTS))
     shutil.copytree(source, tmp_path / "other")
     state = json.loads((tmp_path / "saved/state.json").read_text())
@@ -317,20 +317,20 @@ def test_a_folder_that_names_files_outside(name, tmp_path):
 
 
 @pytest.mark.parametrize("form", ON_DISK[2:], ids=lambda form: form.__name__)
-def test_a_folder_with_a_flipped_byte(form, tmp_path):
-    """Arrow trusts what it maps: a length that is wrong would be read beyond the file."""
+def test_flipped_byte_in_a_saved_dataset_does_not_crash(form, tmp_path):
+    """Arrow trusts the file that it maps: with a wrong length, it would read beyond its end."""
     source = form(tmp_path, records(TEXTS))
     file = max((tmp_path / "saved").rglob("*.arrow"))
-    whole = file.read_bytes()
-    for place in range(0, len(whole), 97):
-        file.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+    original = file.read_bytes()
+    for offset in range(0, len(original), 97):
+        file.write_bytes(original[:offset] + bytes([original[offset] ^ 255]) + original[offset + 1 :])
         try:
-            texts_in(source, tmp_path / f"cache{place}")
+            texts_in(source, tmp_path / f"cache{offset}")
         except InputError as error:
             assert "\n" not in str(error)
 
 
-def test_splits_that_lie_outside(tmp_path):
+def test_splits_outside_their_folder_are_refused(tmp_path):
     as_folder(tmp_path, records(TEXTS))
     (tmp_path / "splits").mkdir()
     (tmp_path / "splits/dataset_dict.json").write_text('{"splits": ["train", "../saved"]}')
@@ -338,7 +338,7 @@ def test_splits_that_lie_outside(tmp_path):
         texts_in(str(tmp_path / "splits"), tmp_path / "cache")
 
 
-def test_records_of_a_saved_dataset(tmp_path):
+def test_records_of_a_saved_dataset_are_read(tmp_path):
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
     source = as_folder(tmp_path, rows)
     assert list(load_records([source])) == [(f"'{source}', row {i}", row) for i, row in enumerate(rows)]

@@ -1,4 +1,4 @@
-"""What is held out: the share that was asked for, whole paragraphs, and the same in a stream."""
+"""The held-out split: the requested share, whole paragraphs only, and the same text in a stream."""
 
 import itertools
 import json
@@ -50,7 +50,7 @@ def split_for(documents, fraction, seed=0):
     return choose_split(dataset, ranks_of(dataset, seed), fraction, seed, ["x.txt"])
 
 
-LONG = {
+LONG_TEXTS = {
     "three files": {f"{number}.txt": text_of(number, 150) for number in range(3)},
     "one file": {"a.txt": text_of(1, 250)},
     "CRLF": {"a.txt": text_of(1, 250, "\r\n\r\n")},
@@ -65,32 +65,32 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("files", LONG.values(), ids=LONG)
+@pytest.mark.parametrize("files", LONG_TEXTS.values(), ids=LONG_TEXTS)
 @pytest.mark.parametrize("seed", [1])
-def test_the_share_held_out_is_near_what_was_asked_for(files, seed, tmp_path):
+def test_held_out_share_is_close_to_the_requested_share(files, seed, tmp_path):
     data = prepared(tmp_path, files, seed=seed)
     assert data.counts().share == pytest.approx(0.02, rel=0.25)
     train, held_out = texts_of(data, "train"), texts_of(data, "validation")
     assert not set(train) & set(held_out)
-    whole = sum(len(file) if name.endswith(".txt") else 0 for name, file in files.items())
-    whole += sum(
+    num_characters = sum(len(file) if name.endswith(".txt") else 0 for name, file in files.items())
+    num_characters += sum(
         len(json.loads(line)["text"])
         for name, file in files.items()
         if name.endswith(".jsonl")
         for line in file.splitlines()
     )
-    assert len("".join(train + held_out)) == whole
+    assert len("".join(train + held_out)) == num_characters
 
 
-def test_both_sides_in_order_are_the_text(tmp_path):
-    data = prepared(tmp_path, LONG["one file"])
+def test_both_sides_in_order_give_back_the_text(tmp_path):
+    data = prepared(tmp_path, LONG_TEXTS["one file"])
     split = split_of(tmp_path / "out")
-    runs = list(split.runs(LONG["one file"]["a.txt"]))
-    assert "".join(text for _, text in runs) == LONG["one file"]["a.txt"]
+    runs = list(split.runs(LONG_TEXTS["one file"]["a.txt"]))
+    assert "".join(text for _, text in runs) == LONG_TEXTS["one file"]["a.txt"]
     assert [text for is_held_out, text in runs if is_held_out] == texts_of(data, "validation")
     assert [text for is_held_out, text in runs if not is_held_out] == texts_of(data, "train")
     sides = [is_held_out for is_held_out, _ in runs]
-    assert all(a != b for a, b in itertools.pairwise(sides))  # Neighbors on one side are one document.
+    assert all(a != b for a, b in itertools.pairwise(sides))  # Adjacent parts on one side are one document.
 
 
 @settings(max_examples=60, deadline=None, database=None)
@@ -120,8 +120,8 @@ def test_no_paragraph_is_on_both_sides_and_none_is_lost(documents, fraction, see
 @pytest.mark.parametrize(
     ("number", "fraction"), [(1000, 0.02), (200, 0.1), (40, 0.1), (30, 0.02), (12, 0.001)]
 )
-def test_small_documents_are_split_by_their_number(number, fraction):
-    """As ever: the lowest ranks, so that what was held out before is held out again."""
+def test_short_documents_are_split_by_count(number, fraction):
+    """Those of lowest rank are held out, as in earlier versions, which split only by document."""
     documents = list(dict.fromkeys(stories(3, number)))
     split = split_for(documents, fraction, seed=7)
     ranks = sorted(rank_of(document, 7) for document in documents)
@@ -129,7 +129,7 @@ def test_small_documents_are_split_by_their_number(number, fraction):
     assert split.highest == ranks[max(1, round(fraction * len(documents))) - 1]
 
 
-def test_equal_documents_are_on_one_side(tmp_path):
+def test_only_the_long_documents_are_cut(tmp_path):
     long = text_of(1, 300)
     split = split_for([long, *stories(2, 20), long], 0.05)
     assert split.part_bytes is not None
@@ -138,7 +138,7 @@ def test_equal_documents_are_on_one_side(tmp_path):
     assert sum(is_held_out for is_held_out, _ in split.runs(long)) > 1
 
 
-def test_a_paragraph_longer_than_all_that_is_held_out_is_trained_on():
+def test_paragraph_longer_than_the_held_out_share_is_trained_on():
     blob = "x" * 100_000
     for seed in range(8):
         split = split_for([f"{text_of(1, 300)}\n\n{blob}\n\n{text_of(2, 300)}"], 0.02, seed)
@@ -148,8 +148,8 @@ def test_a_paragraph_longer_than_all_that_is_held_out_is_trained_on():
         assert sum(map(len, held_out)) == pytest.approx(0.02 * sum(len(run) for _, run in runs), rel=0.25)
 
 
-def test_paragraphs_longer_than_a_part_are_kept_whole():
-    paragraphs = [" ".join(stories(seed, 12)) for seed in range(60)]  # Of 7500 letters.
+def test_paragraphs_longer_than_a_part_are_not_cut():
+    paragraphs = [" ".join(stories(seed, 12)) for seed in range(60)]  # About 7500 characters each.
     text = "\n\n".join(paragraphs)
     split = split_for([text], 0.02)
     held_out = [run for is_held_out, run in split.runs(text) if is_held_out]
@@ -160,12 +160,12 @@ def test_paragraphs_longer_than_a_part_are_kept_whole():
 @pytest.mark.parametrize(
     "documents", [["one"], ["the same"] * 3, ["one line. Two sentences."], ["again\n\nagain\n\nagain\n\n"]]
 )
-def test_what_cannot_be_split_is_one_sentence(documents):
+def test_text_without_two_different_paragraphs_is_refused(documents):
     with pytest.raises(InputError, match=r"x\.txt holds a single document without two different paragraphs"):
         split_for(documents, 0.02)
 
 
-def test_a_small_text_of_some_lines_works(tmp_path):
+def test_short_text_is_split_between_lines(tmp_path):
     data = prepared(tmp_path, {"a.txt": "first line\nsecond line\nthird line"})
     assert len(data.train) and len(data.validation)
     lines = "".join(text + "\n" for text in texts_of(data, "train") + texts_of(data, "validation")).split(
@@ -175,7 +175,7 @@ def test_a_small_text_of_some_lines_works(tmp_path):
 
 
 def streamed(folder, tokenizer, split):
-    """The documents of the first epoch."""
+    """The documents of a stream's first epoch."""
     reader = BlockStream(
         StreamSettings(sources=[str(folder)], options=ReadingOptions(), chunk_size=4, block_size=64, window=5,
                        held_out_below=split.highest, held_out_seed=split.seed, part_bytes=split.part_bytes),
@@ -191,27 +191,27 @@ def streamed(folder, tokenizer, split):
 @pytest.mark.parametrize(
     "name", ["three files", "one line", "one huge and many small", "the same file twice"]
 )
-def test_a_stream_has_what_is_trained_on(name, tmp_path):
-    data = prepared(tmp_path, LONG[name])
+def test_stream_reads_exactly_the_training_text(name, tmp_path):
+    data = prepared(tmp_path, LONG_TEXTS[name])
     split = split_of(tmp_path / "out")
     assert split.part_bytes is not None
     assert sorted(streamed(tmp_path / "text", data.tokenizer, split)) == sorted(texts_of(data, "train"))
 
 
-def test_text_that_the_sample_did_not_hold_is_cut_the_same_way(tmp_path):
+def test_text_outside_the_sample_is_cut_the_same_way(tmp_path):
     files = {f"{n}.jsonl": as_jsonl(text_of(10 * n + m, 60) for m in range(4)) for n in range(3)}
     data = prepared(tmp_path, files, max_documents=1)
     split = split_of(tmp_path / "out")
     texts = [text_of(10 * n + m, 60) for n in range(3) for m in range(4)]
     runs = [run for text in texts for run in split.runs(text)]
-    read = streamed(tmp_path / "text", data.tokenizer, split)
-    assert sorted(read) == sorted(run for is_held_out, run in runs if not is_held_out)
+    streamed_texts = streamed(tmp_path / "text", data.tokenizer, split)
+    assert sorted(streamed_texts) == sorted(run for is_held_out, run in runs if not is_held_out)
     held_out = sum(len(run) for is_held_out, run in runs if is_held_out)
     assert 0.005 < held_out / sum(map(len, texts)) < 0.05
 
 
-def test_a_stream_of_parts_goes_on_exactly_where_it_was_stopped(tmp_path):
-    data = prepared(tmp_path, LONG["three files"])
+def test_stream_of_parts_resumes_exactly_where_it_stopped(tmp_path):
+    data = prepared(tmp_path, LONG_TEXTS["three files"])
     split = split_of(tmp_path / "out")
 
     def stream(position):
@@ -223,16 +223,18 @@ def test_a_stream_of_parts_goes_on_exactly_where_it_was_stopped(tmp_path):
             data.tokenizer, position,
         )  # fmt: skip
 
-    whole = list(itertools.islice(stream(Position(1, 1)), 2000))
-    assert max(int(block[CURSOR][3]) for block in whole) > 1  # Documents that are cut count singly.
+    blocks = list(itertools.islice(stream(Position(1, 1)), 2000))
+    assert max(int(block[CURSOR][3]) for block in blocks) > 1  # Documents that are cut count singly.
     for stop in (1, 800, 1700):
         position = Position(1, 1)
-        position.record(*whole[stop - 1][CURSOR].tolist())
-        rest = list(itertools.islice(stream(position), 50))
-        assert all((a["input_ids"] == b["input_ids"]).all() for a, b in zip(rest, whole[stop:], strict=False))
+        position.record(*blocks[stop - 1][CURSOR].tolist())
+        resumed = list(itertools.islice(stream(position), 50))
+        assert all(
+            (a["input_ids"] == b["input_ids"]).all() for a, b in zip(resumed, blocks[stop:], strict=False)
+        )
 
 
-def test_a_folder_of_an_earlier_version_still_opens(tmp_path, caplog):
+def test_folder_of_an_earlier_version_still_opens(tmp_path, caplog):
     prepared(tmp_path, {"a.jsonl": as_jsonl(stories(0, 50))})
     path = tmp_path / "out/prepared.json"
     info = json.loads(path.read_text())
@@ -246,15 +248,15 @@ def test_a_folder_of_an_earlier_version_still_opens(tmp_path, caplog):
     assert split_of(tmp_path / "out").part_bytes is None
 
 
-def notes(caplog):
+def logged_messages(caplog):
     return [
         (record.levelname, record.getMessage()) for record in caplog.records if record.name.startswith("calm")
     ]
 
 
-def test_both_parts_are_told_and_written_down(tmp_path, caplog):
+def test_sizes_of_both_sides_are_logged_and_recorded(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
-        data = prepared(tmp_path, LONG["three files"])
+        data = prepared(tmp_path, LONG_TEXTS["three files"])
     counts = data.counts()
     info = json.loads((tmp_path / "out/prepared.json").read_text())
     assert (
@@ -265,7 +267,7 @@ def test_both_parts_are_told_and_written_down(tmp_path, caplog):
     tokens = {split: sum(map(len, getattr(data, split)["input_ids"])) for split in ("train", "validation")}
     assert info["tokens"] == tokens == counts.tokens
     assert info["validation_fraction"] == 0.02
-    [(_, cut), (_, parts)] = notes(caplog)
+    [(_, cut), (_, parts)] = logged_messages(caplog)
     assert cut.startswith("text: cut 3 long documents (between paragraphs")
     share = 100 * tokens["validation"] / sum(tokens.values())
     assert parts == (
@@ -274,9 +276,9 @@ def test_both_parts_are_told_and_written_down(tmp_path, caplog):
     )
 
 
-def test_a_share_far_from_what_was_asked_for_is_warned_of(tmp_path, caplog):
+def test_share_far_from_the_requested_one_is_warned_about(tmp_path, caplog):
     prepared(tmp_path, {"a.txt": text_of(1, 6)})
-    far, few = [message for level, message in notes(caplog) if level == "WARNING"]
+    far, few = [message for level, message in logged_messages(caplog) if level == "WARNING"]
     assert "% of the text is held out, not the 2.0% asked for" in far
     assert all(
         option in far
@@ -285,15 +287,15 @@ def test_a_share_far_from_what_was_asked_for_is_warned_of(tmp_path, caplog):
     assert "tokens held out are too few for a reliable score (at least 3,000 are needed)" in few
 
 
-def test_given_held_out_text_is_counted_and_not_compared_with_a_share(tmp_path, caplog):
+def test_given_held_out_text_is_not_compared_with_a_share(tmp_path, caplog):
     (tmp_path / "other.jsonl").write_text(as_jsonl(stories(9, 60)))
     with caplog.at_level(logging.INFO):
         prepared(tmp_path, {"a.txt": text_of(1, 60)}, validation_sources=[str(tmp_path / "other.jsonl")])
-    [(level, message)] = notes(caplog)
+    [(level, message)] = logged_messages(caplog)
     assert level == "INFO" and message.startswith("text: 1 document and ") and "60 documents and" in message
 
 
-def test_a_sample_of_a_stream_is_called_that(tmp_path, caplog):
+def test_sample_of_a_stream_is_logged_as_a_sample(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         prepared(tmp_path, {"a.jsonl": as_jsonl(stories(0, 500))}, max_documents=300)
-    assert notes(caplog)[0][1].startswith("text (a sample of what is streamed): 294 documents and ")
+    assert logged_messages(caplog)[0][1].startswith("text (a sample of what is streamed): 294 documents and ")

@@ -1,4 +1,4 @@
-"""The embedded corpus: repeatable, pinned, varied, disjoint between seeds, and free of template debris."""
+"""The embedded corpus: repeatable, pinned, varied, disjoint between seeds, and without leftover templates."""
 
 import hashlib
 import re
@@ -41,11 +41,11 @@ def test_a_shorter_run_is_a_prefix_of_a_longer_one():
 
 
 def test_stories_of_two_seeds_differ_at_every_number():
-    assert all(one != other for one, other in zip(corpus(0, 10_000), corpus(1, 2_000), strict=False))
+    assert all(a != b for a, b in zip(corpus(0, 10_000), corpus(1, 2_000), strict=False))
 
 
 def test_the_corpus_is_pinned():
-    """A change of these values is a change of the corpus: all figures in the docs must be made again."""
+    """If these values change, the corpus has changed, and all figures in the docs must be measured again."""
     assert corpus(0, 10_000)[1] == (
         "Igor was a brave boy who lived near the farm. It was a sunny evening in July. He was at the "
         'farm with Tom. Then they heard a creak far away, and a storm began. "We must go home!" said '
@@ -59,26 +59,26 @@ def test_the_corpus_is_pinned():
     assert digest == "410dbeecfc5e291ed30900054ffe62188d2f4d5ba87785145239210b62253379"
 
 
-def test_a_few_thousand_distinct_words():
+def test_there_are_a_few_thousand_distinct_words():
     words = {word for story in corpus(0, 10_000) for word in re.findall(r"[A-Za-z']+", story)}
     assert len(words) >= 2000
 
 
-def test_no_story_of_another_seed_appears_and_none_twice():
+def test_no_story_occurs_twice_or_for_another_seed():
     first = corpus(0, 10_000)
     assert len(set(first)) == len(first)
     assert set(first).isdisjoint(corpus(1, 2_000))
 
 
 def test_every_sentence_of_the_plots_is_used():
-    """So none names a slot that is not there, and none is lost in parsing."""
-    some = corpus(0, 10_000)[:3000]
+    """So none names a slot that does not exist, and parsing loses none."""
+    sample = corpus(0, 10_000)[:3000]
     assert len(TEMPLATES) > 200
     for template in TEMPLATES:
         parts = re.split(r"\{\w+\}", template)
         pattern = r"[\w' .-]+?".join(re.escape(part).replace(r"\ a\ ", r"\ an?\ ") for part in parts)
         longest = max((piece for part in parts for piece in part.split(" a ")), key=len)
-        assert any(longest in story and re.search(pattern, story, re.I) for story in some), template
+        assert any(longest in story and re.search(pattern, story, re.I) for story in sample), template
 
 
 def test_hero_keeps_the_name_through_the_story():
@@ -103,7 +103,7 @@ def test_child_and_pronouns_fit_the_hero():
     assert checked == {"girl", "boy"}
 
 
-def test_no_slot_is_left_and_each_story_is_one_clean_line():
+def test_every_slot_is_filled_and_each_story_is_one_clean_line():
     for story in corpus(0, 10_000):
         assert not set(story) - set(string.ascii_letters + ' .,!?"-'), story
         assert "  " not in story and story == story.strip(), story
@@ -128,11 +128,11 @@ def test_lexicon_lists_hold_no_word_twice(name):
     assert words and len(set(words)) == len(words)
 
 
-def test_a_name_belongs_to_one_kind():
+def test_names_of_girls_boys_and_others_do_not_overlap():
     """Girl or boy must be known from the name; no pet, month, day or surname has a child's name."""
     assert not NAMES["girl"] & NAMES["boy"]
     assert not ALL_NAMES & {*lexicon.PET_NAMES, *lexicon.SURNAMES, *lexicon.MONTHS, *lexicon.DAYS}
 
 
-def test_no_sentence_is_offered_twice():
+def test_no_template_is_listed_twice():
     assert len(set(TEMPLATES)) == len(TEMPLATES)

@@ -1,4 +1,4 @@
-"""Questions have the answers that their facts say, and nothing short of following the facts finds them."""
+"""Synthetic questions: answers follow from the facts, and no shortcut finds them."""
 
 import itertools
 import json
@@ -16,14 +16,14 @@ from calm.errors import InputError
 HOPS = [1, 2, 3, 5, 8]
 
 
-def worth(facts, name):
-    """What a name of a chain is worth, by looking it up from behind."""
+def value_of(facts, name):
+    """The value of a name in a chain, by following its facts back to the root."""
     for fact in facts:
         words = fact.split()
         if words[0] == name:
             if words[1] == "=":
                 return int(words[2])
-            before, number = worth(facts, words[1]), int(words[3])
+            before, number = value_of(facts, words[1]), int(words[3])
             return (before * number if words[2] == "*" else before + number) % MODULUS
     raise KeyError(name)
 
@@ -31,24 +31,24 @@ def worth(facts, name):
 def distances(facts, root):
     """Edges to each node that can be reached, breadth first."""
     edges = [(fact[0], fact[4]) for fact in facts]
-    found, front = {root: 0}, [root]
-    while front:
-        front = [end for start, end in edges if start in front and end not in found]
-        found |= {end: max(found.values()) + 1 for end in front}
-    return found
+    distance, frontier = {root: 0}, [root]
+    while frontier:
+        frontier = [end for start, end in edges if start in frontier and end not in distance]
+        distance |= {end: max(distance.values()) + 1 for end in frontier}
+    return distance
 
 
 @pytest.mark.parametrize("hops", HOPS)
-def test_answers_of_chains(hops):
+def test_chain_answers_follow_from_the_facts(hops):
     answers = Counter()
     for item in items("chain", hops, number=400):
         first, _, name, _ = item.question.split()
-        assert f"{first} = {worth(item.facts, first)} ." in item.facts
-        assert int(item.answer) == worth(item.facts, name)
+        assert f"{first} = {value_of(item.facts, first)} ." in item.facts
+        assert int(item.answer) == value_of(item.facts, name)
         assert len(item.steps) == hops and len(item.facts) == 2 * (hops + 1)
         for step in item.steps:
-            of, _, value, _ = step.split()
-            assert worth(item.facts, of) == int(value)
+            variable, _, value, _ = step.split()
+            assert value_of(item.facts, variable) == int(value)
         assert item.steps[-1].split()[0] == name
         answers[item.answer] += 1
     expected = 400 / MODULUS
@@ -56,15 +56,16 @@ def test_answers_of_chains(hops):
 
 
 @pytest.mark.parametrize("hops", HOPS)
-def test_answers_of_graphs(hops):
+def test_graph_answers_follow_from_the_facts(hops):
     for pair in zip(*[items("graph", hops, number=400)] * 2, strict=True):
-        one, other = pair
-        assert one.facts == other.facts and one.question[2:] == other.question[2:]
-        assert {one.answer, other.answer} == set(one.question[4:].split())  # Another root, the other answer.
+        first, second = pair
+        assert first.facts == second.facts and first.question[2:] == second.question[2:]
+        # The other root has the other answer.
+        assert {first.answer, second.answer} == set(first.question[4:].split())
         for item in pair:
-            found = distances(item.facts, item.question[0])
+            distance = distances(item.facts, item.question[0])
             (unreached,) = set(item.question[4:].split()) - {item.answer}
-            assert found[item.answer] == hops == len(item.steps) and unreached not in found
+            assert distance[item.answer] == hops == len(item.steps) and unreached not in distance
             assert set(item.steps) <= set(item.facts)
             path = [item.steps[0][0], *(step[4] for step in item.steps)]
             assert path[0] == item.question[0] and path[-1] == item.answer
@@ -72,20 +73,20 @@ def test_answers_of_graphs(hops):
 
 
 @pytest.mark.parametrize("hops", [1, 3, 5])
-def test_answers_of_paths(hops):
-    for of_one in zip(*[items("path", hops, number=400)] * 4, strict=True):
-        assert len({item.facts for item in of_one}) == 1 and len(of_one[0].facts) == 4 * hops
-        assert len({item.answer for item in of_one}) == 4  # Another beginning, another end.
-        for item in of_one:
-            found = distances(item.facts, item.question[0])
-            assert found == dict(
+def test_path_answers_follow_from_the_facts(hops):
+    for group in zip(*[items("path", hops, number=400)] * 4, strict=True):
+        assert len({item.facts for item in group}) == 1 and len(group[0].facts) == 4 * hops
+        assert len({item.answer for item in group}) == 4  # Each start has an end of its own.
+        for item in group:
+            distance = distances(item.facts, item.question[0])
+            assert distance == dict(
                 zip([item.question[0], *(s[4] for s in item.steps)], range(hops + 1), strict=True)
             )
             assert item.answer == item.steps[-1][4] and len(item.steps) == hops
 
 
 def test_no_shortcut_through_paths():
-    """Of each four questions a rule that does not look at the beginning is right once."""
+    """A rule that ignores where a path starts is right for exactly one question in four."""
     right = Counter()
     for item in items("path", 3, seed=1, number=1000):
         ends = [
@@ -100,19 +101,19 @@ def test_no_shortcut_through_paths():
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_everything_is_four_words(name):
+def test_facts_steps_and_questions_have_four_words(name):
     for item in items(name, 3, number=100):
         for part in (*item.facts, *item.steps, item.question):
             assert re.fullmatch(r"\S( \S){3}", part)
 
 
 def chain_rules(item):
-    """What is known without following the chain."""
-    asked = next(fact.split() for fact in item.facts if fact.split()[0] == item.question.split()[2])
+    """Guesses that do not compute the values along the chain."""
+    fact_asked_for = next(fact.split() for fact in item.facts if fact.split()[0] == item.question.split()[2])
     roots = [fact.split()[2] for fact in item.facts if " = " in fact]
     numbers = Counter(fact.split()[-1] for fact in item.facts if " = " not in fact)
     return {
-        "number of the asked": asked[3],
+        "number of the asked": fact_asked_for[3],
         "first root": roots[0],
         "last root": roots[-1],
         "most frequent": numbers.most_common(1)[0][0],
@@ -143,7 +144,7 @@ def test_no_shortcut_through_chains(hops):
 
 @pytest.mark.parametrize("hops", [2, 3, 4])
 def test_no_shortcut_through_graphs(hops):
-    """Rules that do not look at the root are right exactly half of the time."""
+    """Rules that ignore the root are right exactly half of the time."""
     right, number = Counter(), 1000
     for item in items("graph", hops, seed=1, number=number):
         text, targets = " ".join(item.facts), item.question[4:].split()
@@ -161,21 +162,21 @@ def test_no_shortcut_through_graphs(hops):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_no_shortcut_through_the_order_of_facts(name):
-    """The fact of each hop may be anywhere, before that of the next as often as behind it."""
-    places = []
+    """The fact of a hop may be anywhere, and comes before that of the next hop as often as after it."""
+    signs = []
     for item in itertools.islice(items(name, 3, seed=1), 0, 8000, 4):  # One of each group, so independent.
-        hops = [
+        indices = [
             next(
-                place
-                for place, fact in enumerate(item.facts)
+                index
+                for index, fact in enumerate(item.facts)
                 if (fact == step if name != "chain" else fact[0] == step[0])
             )
             for step in item.steps
         ]
         middle = (len(item.facts) - 1) / 2
-        places.append([np.sign(place - middle) for place in hops] + list(np.sign(np.diff(hops))))
-    error = np.std(places, axis=0) / len(places) ** 0.5
-    assert (np.abs(np.mean(places, axis=0)) < 4 * error).all()
+        signs.append([np.sign(index - middle) for index in indices] + list(np.sign(np.diff(indices))))
+    error = np.std(signs, axis=0) / len(signs) ** 0.5
+    assert (np.abs(np.mean(signs, axis=0)) < 4 * error).all()
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -199,18 +200,18 @@ def test_the_same_seed_gives_the_same_items():
 
 
 @pytest.mark.parametrize(("name", "hops"), [("chain", 13), ("chain", 0), ("graph", 12), ("path", 6)])
-def test_hops_that_there_are_not(name, hops):
+def test_unsupported_numbers_of_hops_are_refused(name, hops):
     with pytest.raises(InputError, match="hops"):
         items(name, hops)
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_most_hops_have_names_enough(name):
+def test_largest_number_of_hops_has_enough_names(name):
     most = int(TASKS[name].hops.high)
     assert len(next(items(name, most)).steps) == most
 
 
-def test_the_command(tmp_path, capsys):
+def test_tasks_command(tmp_path, capsys):
     file = tmp_path / "new" / "chain.jsonl"
     main(["tasks", "chain", "--hops", "3", "--number", "12", "--seed", "4", "--output", str(file)])
     records = [json.loads(line) for line in file.read_text().splitlines()]
@@ -221,11 +222,11 @@ def test_the_command(tmp_path, capsys):
     assert len(held_out.read_text().splitlines()) == 5
 
 
-def test_items_are_written_as_they_come_and_whole_or_not_at_all(tmp_path, monkeypatch):
-    """However many there are, and whatever lies beside."""
-    file, beside = tmp_path / "chain.jsonl", tmp_path / "chain.partial"
+def test_items_are_written_one_by_one_and_atomically(tmp_path, monkeypatch):
+    """Not collected in memory first, and without touching other files."""
+    file, neighbor = tmp_path / "chain.jsonl", tmp_path / "chain.partial"
     file.write_text("old")
-    beside.write_text("mine")
+    neighbor.write_text("mine")
     made = 0
 
     def endless(*_):
@@ -247,10 +248,10 @@ def test_items_are_written_as_they_come_and_whole_or_not_at_all(tmp_path, monkey
         "chain.partial": "mine",
     }
     write_items(file, "chain", 3, 0, 5, False)
-    assert len(file.read_text().splitlines()) == 5 and beside.read_text() == "mine"
+    assert len(file.read_text().splitlines()) == 5 and neighbor.read_text() == "mine"
 
 
-def test_mistakes(tmp_path, capsys):
+def test_invalid_commands_are_refused(tmp_path, capsys):
     file = tmp_path / "chain.jsonl"
     command = ["tasks", "chain", "--hops", "3", "--number", "2", "--output", str(file)]
     file.write_text("mine")
@@ -266,12 +267,12 @@ def test_mistakes(tmp_path, capsys):
     assert file.read_text().startswith('{"prompt": ')
     assert "is a folder" in failure(capsys, *command[:-1], str(tmp_path), "--overwrite")
     for name in ("chain.jsonl.gz", "chain.txt", "chain"):  # Which calm finetune would not read.
-        said = failure(capsys, *command[:-1], str(tmp_path / name))
-        assert f"the output must be a .jsonl file, got '{tmp_path / name}'" in said
+        message = failure(capsys, *command[:-1], str(tmp_path / name))
+        assert f"the output must be a .jsonl file, got '{tmp_path / name}'" in message
         assert not (tmp_path / name).exists()
 
 
-def test_a_seed_is_a_number_whatever_has_made_it():
+def test_seed_may_be_a_numpy_integer_but_not_a_bool_or_float():
     first = list(items("path", 2, seed=1, number=3))
     assert list(items("path", 2, seed=np.int64(1), number=3)) == first
     for seed in (True, 1.0, "1"):

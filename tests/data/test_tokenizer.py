@@ -1,4 +1,4 @@
-"""Tokenizers: trained ones give every text back; loaded ones have an end and a padding of their own."""
+"""Tokenizers: trained ones are lossless; loaded ones have separate EOS and padding tokens."""
 
 import json
 import random
@@ -45,7 +45,7 @@ def word_tokenizer(*specials: str, appends: str | None = None, **roles: str) -> 
 @example("don't do n't ' s")
 @example("e\u0301 \u00e9 ﬁ")
 @example("😀👩‍👩‍👧🏽")
-def test_any_text_comes_back(text):
+def test_any_text_round_trips(text):
     assume(not any(special in text for special in (PAD, EOS, BOS)))
     tokenizer = trained()
     ids = tokenizer(text)["input_ids"]
@@ -67,7 +67,7 @@ def test_vocabulary_of_a_trained_tokenizer():
     assert len(tokenizer) == 400
     assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.bos_token) == (PAD, EOS, BOS)
     assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id}) == 3
-    assert len(train_tokenizer(["tiny"], 100_000)) < 300  # A small text has no more tokens to give.
+    assert len(train_tokenizer(["tiny"], 100_000)) < 300  # A small text has no more merges to learn.
 
 
 def test_training_is_repeatable_and_makes_text_shorter():
@@ -77,8 +77,8 @@ def test_training_is_repeatable_and_makes_text_shorter():
     assert len(trained()(story)["input_ids"]) < 0.75 * len(story)
 
 
-def test_training_takes_no_piece_longer_than_a_thousand_bytes():
-    """Learning merges in a run of 300,000 letters would take minutes."""
+def test_training_cuts_text_into_pieces_of_a_thousand_bytes():
+    """Learning merges in a run of 300,000 characters without spaces would take minutes."""
     run = "".join(random.Random(0).choices("abcdefg", k=5000))
     cut = [run[start : start + 1000] for start in range(0, 5000, 1000)]
     trained_on_it = train_tokenizer([run], 600).backend_tokenizer.to_str()
@@ -86,7 +86,7 @@ def test_training_takes_no_piece_longer_than_a_thousand_bytes():
     assert max(map(len, train_tokenizer(["a" * 3000], 300).get_vocab())) == 1000
 
 
-def test_a_tokenizer_of_ordinary_text_is_that_of_the_library():
+def test_training_on_ordinary_text_equals_the_tokenizers_library():
     texts = [*stories(0, 50), "=" * 200 + " " * 400 + "\n" * 100, "https://example.org/" + "ab12" * 200]
     theirs = Tokenizer(models.BPE())
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -103,13 +103,13 @@ def test_a_tokenizer_of_ordinary_text_is_that_of_the_library():
         assert ours[part] == expected[part]
 
 
-def test_padding_goes_in_front():
+def test_padding_is_on_the_left():
     batch = trained()(["Tom", "Tom ran far away"], padding=True)["input_ids"]
     assert batch[0][0] == trained().pad_token_id and batch[0][-1] != trained().pad_token_id
 
 
 @pytest.mark.parametrize("load", [AutoTokenizer.from_pretrained, load_tokenizer])
-def test_saved_and_loaded(load, tmp_path):
+def test_saved_tokenizer_loads_unchanged(load, tmp_path):
     tokenizer = trained()
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     loaded = load(str(tmp_path / "tokenizer"))
@@ -122,7 +122,7 @@ def test_saved_and_loaded(load, tmp_path):
 
 
 def test_a_tokenizer_file_is_enough(tmp_path):
-    """`tokenizer.json` does not say which token ends a text; the usual names are known."""
+    """`tokenizer.json` does not say which token is EOS; the usual names are recognized."""
     tokenizer = trained()
     tokenizer.save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path / "tokenizer.json"))
@@ -131,7 +131,7 @@ def test_a_tokenizer_file_is_enough(tmp_path):
     assert encode_documents(loaded, TEXTS) == encode_documents(tokenizer, TEXTS)
 
 
-def test_no_text_is_too_long(tmp_path):
+def test_length_limit_of_a_loaded_tokenizer_is_lifted(tmp_path):
     """Documents are longer than any model's context; that is no reason to warn or to cut."""
     word_tokenizer("</s>", eos_token="</s>", model_max_length=4).save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
@@ -140,32 +140,32 @@ def test_no_text_is_too_long(tmp_path):
 
 
 @pytest.mark.parametrize("vocab_size", [0, 256, 258])
-def test_too_small_vocabulary(vocab_size):
+def test_too_small_vocabulary_is_refused(vocab_size):
     with pytest.raises(InputError, match=f"vocab_size must be at least 259 .*got {vocab_size}"):
         train_tokenizer(["a"], vocab_size)
 
 
-def test_smallest_vocabulary():
+def test_smallest_vocabulary_is_lossless():
     tokenizer = train_tokenizer(["a"], 259)
     assert len(tokenizer) == 259
     assert tokenizer.decode(tokenizer("日本")["input_ids"], skip_special_tokens=True) == "日本"
 
 
-def test_a_tokenizer_without_an_end_is_refused(tmp_path):
+def test_tokenizer_without_eos_is_refused(tmp_path):
     word_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="no EOS token; set its eos_token"):
         load_tokenizer(str(tmp_path))
 
 
-@pytest.mark.parametrize("end", ["</s>", "<|endoftext|>"])
-def test_a_well_known_end_is_found(end, tmp_path):
-    word_tokenizer(end).save_pretrained(tmp_path)
+@pytest.mark.parametrize("eos", ["</s>", "<|endoftext|>"])
+def test_well_known_eos_token_is_recognized(eos, tmp_path):
+    word_tokenizer(eos).save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
-    assert loaded.eos_token == end and loaded.eos_token_id == 4
+    assert loaded.eos_token == eos and loaded.eos_token_id == 4
 
 
 @pytest.mark.parametrize("roles", [{"pad_token": "</s>"}, {}])
-def test_padding_is_never_the_end(roles, tmp_path):
+def test_padding_is_never_eos(roles, tmp_path):
     """A tokenizer that pads with EOS, or not at all, gets one more token."""
     word_tokenizer("</s>", eos_token="</s>", **roles).save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
@@ -173,8 +173,8 @@ def test_padding_is_never_the_end(roles, tmp_path):
     assert loaded.pad_token_id == 5 and len(loaded) == 6
     assert loaded(["one", "one two"], padding=True)["input_ids"] == [[5, 0], [0, 1]]
     loaded.save_pretrained(tmp_path / "again")
-    again = load_tokenizer(str(tmp_path / "again"))
-    assert again.pad_token_id == 5 and len(again) == 6
+    reloaded = load_tokenizer(str(tmp_path / "again"))
+    assert reloaded.pad_token_id == 5 and len(reloaded) == 6
 
 
 @pytest.mark.parametrize(
@@ -185,12 +185,12 @@ def test_padding_is_never_the_end(roles, tmp_path):
         (["<|reserved_0|>", "<|reserved_1|>", "<|file|>"], "<|reserved_0|>"),
         (["<|repo|>", "<|user|>"], "<|repo|>"),
         (["<|user|>"], PAD),
-        (["<|repo|>", "<|assistant|>", "[SYSTEM]"], "<|repo|>"),  # Not in the template as they stand.
+        (["<|repo|>", "<|assistant|>", "[SYSTEM]"], "<|repo|>"),  # Templates can build these from roles.
         ([], PAD),
     ],
 )
-def test_padding_is_a_token_that_no_text_holds(others, chosen, tmp_path):
-    # A model of tokens has a row for it; a new one would have to be added to the model.
+def test_padding_is_a_spare_control_token_if_there_is_one(others, chosen, tmp_path):
+    # The model has an embedding for it; for a new token, one would have to be added.
     tokenizer = word_tokenizer("</s>", *others, eos_token="</s>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["</s>", *others]})
     tokenizer.chat_template = "{% for message in messages %}<|user|>{{ message.content }}{% endfor %}"
@@ -201,8 +201,8 @@ def test_padding_is_a_token_that_no_text_holds(others, chosen, tmp_path):
 
 
 @pytest.mark.parametrize("fault", [None, "a byte", "all bytes"])
-def test_padding_is_the_unknown_token_if_nothing_is_unknown(fault, tmp_path):
-    """As of Llama 2: no control token is spare, and no row can be added for a new one."""
+def test_padding_is_the_unknown_token_if_no_text_needs_it(fault, tmp_path):
+    """As in Llama 2: no control token is unused, and the model has no embedding for a new one."""
     tokenizer = llama()
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] != "<pad>"]
@@ -217,20 +217,20 @@ def test_padding_is_the_unknown_token_if_nothing_is_unknown(fault, tmp_path):
     loaded = load_tokenizer(str(tmp_path))
     assert loaded.pad_token == ("<unk>" if fault is None else PAD)
     assert len(loaded) == len(tokenizer) + (fault is not None)
-    # No text holds the padding, whatever it says.
+    # No text encodes to the padding, whatever it says.
     text = "Größe 日本 \x00 <unk> <pad> 😀"
     [ids] = encode_documents(loaded, [text])
     assert fault is not None or loaded.pad_token_id not in ids
     assert fault is not None or text in loaded.decode(ids)
 
 
-def test_padding_of_its_own_is_kept(tmp_path):
+def test_existing_padding_token_is_kept(tmp_path):
     word_tokenizer("</s>", "[PAD]", eos_token="</s>", pad_token="[PAD]").save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
     assert loaded.pad_token_id == 5 and len(loaded) == 6
 
 
-def test_an_end_that_the_tokenizer_appends_is_dropped(tmp_path):
+def test_eos_that_the_tokenizer_appends_is_dropped(tmp_path):
     word_tokenizer("</s>", eos_token="</s>", appends="</s>").save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
     assert loaded("one two")["input_ids"] == [0, 1, 4]
@@ -238,7 +238,7 @@ def test_an_end_that_the_tokenizer_appends_is_dropped(tmp_path):
 
 
 @pytest.mark.timeout(60)
-def test_nothing_to_load(tmp_path, monkeypatch):
+def test_missing_or_broken_tokenizers_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)

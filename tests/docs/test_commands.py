@@ -1,4 +1,4 @@
-"""The commands that the pages show are commands that `calm` takes; those of the first guide run."""
+"""The commands on the pages are valid; those of the first guide run."""
 
 import re
 import shlex
@@ -10,8 +10,8 @@ from toy import TOY
 from calm import cli
 from calm.data.stories import write_stories
 
-# Recipes of the reader's own.
-THEIRS = ("my.yaml", "MINE.yaml", "seed2.yaml")
+# Recipes that the reader is to write.
+READER_RECIPES = ("my.yaml", "MINE.yaml", "seed2.yaml")
 
 
 def commands_of(page):
@@ -29,14 +29,13 @@ PAGES_WITH_COMMANDS = [page for page in [*PAGES, ROOT / "README.md"] if commands
 
 
 @pytest.mark.parametrize("page", PAGES_WITH_COMMANDS, ids=name_of)
-def test_commands_are_taken(page, tmp_path, monkeypatch):
+def test_commands_on_the_pages_are_valid(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in THEIRS:
+    for name in READER_RECIPES:
         (tmp_path / name).write_text(TOY)
-    for run in ("runs/a",):  # Runs that are resumed have a recipe.
-        (tmp_path / run).mkdir(parents=True)
-        (tmp_path / run / "recipe.yaml").write_text(TOY)
-    (tmp_path / "src").symlink_to(ROOT / "src")  # Some commands are of a clone.
+    (tmp_path / "runs/a").mkdir(parents=True)  # A run that a command resumes.
+    (tmp_path / "runs/a/recipe.yaml").write_text(TOY)
+    (tmp_path / "src").symlink_to(ROOT / "src")  # Some commands need a clone.
     for command in commands_of(page):
         cli._parse(command[0], command)
 
@@ -51,7 +50,7 @@ def test_the_first_guide_runs_from_text_to_comparison(tmp_path, monkeypatch, cap
     assert "BrierLM" in capsys.readouterr().out
 
 
-def test_the_list_of_commands_is_complete(capsys):
+def test_the_page_of_commands_lists_all_of_them(capsys):
     page = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
     cli.main(["--help"])
     known = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The notebooks run from beginning to end, and are kept with what they printed."""
+"""The notebooks run from beginning to end, and are saved with their output."""
 
 import re
 
@@ -15,12 +15,12 @@ def code_of(notebook):
 
 
 def kinds_of(notebook):
-    """What kinds of output each cell has. A text may come in several parts."""
+    """The kinds of output of each cell; a set, as a text may come in several parts."""
     return [{output.output_type for output in cell.outputs} for cell in code_of(notebook)]
 
 
 def shortened(source):
-    """The same with fewer stories, steps and draws: what is learned is not asked here."""
+    """The same code with fewer stories, steps and draws: what the model learns is not tested."""
     for long, short in {
         r"num_stories=\d+": "num_stories=300",
         r'training\.steps": \d+': 'training.steps": 40',
@@ -35,14 +35,14 @@ def shortened(source):
 def test_a_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     notebook = nbformat.read(path, as_version=4)
-    shown = kinds_of(notebook)
+    saved = kinds_of(notebook)
     for cell in code_of(notebook):
         cell.source = shortened(cell.source)
     NotebookClient(notebook, timeout=250, resources={"metadata": {"path": tmp_path}}).execute()
-    assert kinds_of(notebook) == shown
+    assert kinds_of(notebook) == saved
 
 
-def test_there_are_notebooks_with_pictures():
+def test_every_notebook_is_saved_with_a_picture():
     for path in NOTEBOOKS:
         outputs = [output for cell in code_of(nbformat.read(path, as_version=4)) for output in cell.outputs]
         assert any("image/png" in output.get("data", {}) for output in outputs)

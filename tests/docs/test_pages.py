@@ -1,4 +1,4 @@
-"""What the builder of the site does not check: pictures, files, other pages, the menu, the width of lines."""
+"""What the site builder does not check: links to pictures, files and pages, the menu, line lengths."""
 
 import itertools
 import re
@@ -11,7 +11,7 @@ from docs_pages import PAGES, ROOT, name_of
 from markdown.extensions.toc import slugify
 from markdown_it import MarkdownIt
 
-OTHERS = sorted(ROOT.glob("*.md"))
+ROOT_PAGES = sorted(ROOT.glob("*.md"))
 
 
 def tokens_of(page: Path) -> Iterator:
@@ -37,22 +37,22 @@ def fault_of(page: Path, address: str) -> str | None:
     """What is wrong with a link of a page."""
     path, _, anchor = address.partition("#")
     target = (page.parent / path).resolve() if path else page
-    if target.parent == ROOT / "docs/notebooks":  # Made of a notebook.
+    if target.parent == ROOT / "docs/notebooks":  # Built from a notebook.
         target = ROOT / "examples/notebooks" / f"{target.stem}.ipynb"
     if not target.exists():
         return f"{address}: there is no such file"
-    is_reference = target.parent == ROOT / "docs/api"  # Made of docstrings; the builder checks these.
+    is_reference = target.parent == ROOT / "docs/api"  # Built from docstrings; the site builder checks it.
     if anchor and not is_reference and anchor not in anchors_of(target):
         return f"{address}: there is no such heading"
     return None
 
 
-@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, *ROOT_PAGES], ids=name_of)
 def test_links_lead_somewhere(page):
     assert not [fault for address in links_of(page) if (fault := fault_of(page, address))]
 
 
-def test_broken_links_are_found():
+def test_fault_of_finds_broken_links():
     page = ROOT / "docs/maths.md"
     assert fault_of(page, "gone.md") and fault_of(page, "#gone") and fault_of(page, "plots/gone.png")
     assert not fault_of(page, "heads.md#categorical-flow")
@@ -74,7 +74,7 @@ def test_every_page_is_in_the_menu():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_prose_wraps_at_120(page):
+def test_prose_has_at_most_120_characters_a_line(page):
     lines = enumerate(page.read_text(encoding="utf-8").splitlines(), start=1)
     too_long = [(i, line) for i, line in lines if len(line) > 120]
     assert not [i for i, line in too_long if not line.lstrip().startswith(("|", "!["))]

@@ -15,11 +15,11 @@ PAGE = ROOT / "docs/scaling.md"
 
 
 def rows_of(plans):
-    """The rows of the table, from the figures of its columns."""
+    """The rows of the table: label -> a cell for each plan."""
     autoencoders = [plan["stages"]["autoencoder"] for plan in plans]
     models = [plan["stages"]["language model"] for plan in plans]
 
-    def both(cell):
+    def ddp_and_fsdp(cell):
         return [" / ".join(cell(stage["ways"][way]) for way in ("DDP", "FSDP")) for stage in models]
 
     def gigabytes(way):
@@ -37,17 +37,17 @@ def rows_of(plans):
         "GB of a card, DDP": [gigabytes(stage["ways"]["DDP"]) for stage in autoencoders],
         "largest microbatch that fits": largest(autoencoders, ["DDP"]),
         "language model: microbatches of a step, tokens": map(microbatches, models),
-        "GB of a card, DDP / FSDP": both(gigabytes),
+        "GB of a card, DDP / FSDP": ddp_and_fsdp(gigabytes),
         "largest microbatch that fits, DDP / FSDP": largest(models),
         "the same with checkpointing": largest(models, which="largest_microbatch_with_checkpointing"),
         "seconds of a step: computing": [
             f"{m['ways']['DDP']['seconds_of_step']['compute']:.3f}" for m in models
         ],
-        "sending, DDP / FSDP": both(lambda way: f"{way['seconds_of_step']['communication']:.3f}"),
-        "bound by, DDP / FSDP": both(lambda way: way["bound"]),
-        "tokens per second and card": both(lambda way: f"{way['tokens_per_card']:,.0f}"),
-        "days, DDP / FSDP": both(lambda way: f"{way['seconds'] / 86400:.1f}"),
-        "MWh, DDP / FSDP": both(lambda way: f"{way['kilowatt_hours'] / 1000:.1f}"),
+        "sending, DDP / FSDP": ddp_and_fsdp(lambda way: f"{way['seconds_of_step']['communication']:.3f}"),
+        "bound by, DDP / FSDP": ddp_and_fsdp(lambda way: way["bound"]),
+        "tokens per second and card": ddp_and_fsdp(lambda way: f"{way['tokens_per_card']:,.0f}"),
+        "days, DDP / FSDP": ddp_and_fsdp(lambda way: f"{way['seconds'] / 86400:.1f}"),
+        "MWh, DDP / FSDP": ddp_and_fsdp(lambda way: f"{way['kilowatt_hours'] / 1000:.1f}"),
     }
 
 
@@ -84,13 +84,13 @@ def plans(folder):
     return figures
 
 
-def test_the_table_is_that_of_the_commands(plans):
+def test_the_table_has_what_its_commands_print(plans):
     assert len(plans) == 3
     lines = PAGE.read_text(encoding="utf-8").splitlines()
     assert [line for line in table_of(plans) if line not in lines] == []
 
 
-def test_what_the_page_says_breaks_first(plans, folder):
+def test_the_page_is_right_about_what_breaks_first(plans, folder):
     eight, many, most = (plan["stages"] for plan in plans)
     assert all(
         stage["step_tokens"] * stage["steps"] >= 10**12

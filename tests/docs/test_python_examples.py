@@ -1,4 +1,4 @@
-"""The Python examples of a page run, one after another, in an empty folder."""
+"""The Python examples of each page run, one after another, in an empty folder."""
 
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ REGISTRIES = [
     (formats, "FORMATS"),
     (optimizers, "_BUILDERS"),
 ]
-SERVER = "http://127.0.0.1:8000"  # Of `calm serve`, as the pages have it.
+SERVER = "http://127.0.0.1:8000"  # The address of `calm serve` on the pages.
 
 
 def python_of(page):
@@ -28,12 +28,12 @@ def python_of(page):
 
 @pytest.fixture
 def module(request, monkeypatch):
-    """A module of its own for the examples of a page, so that classes in them can be pickled.
+    """A new module for the examples of a page, so that classes in them can be pickled.
 
-    What they register is known in that page alone.
+    Whatever they register is removed afterwards.
     """
-    for where, name in REGISTRIES:
-        monkeypatch.setattr(where, name, dict(getattr(where, name)))
+    for owner, name in REGISTRIES:
+        monkeypatch.setattr(owner, name, dict(getattr(owner, name)))
     name = f"examples_of_{Path(request.node.callspec.id).stem}"
     module = sys.modules[name] = type(sys)(name)
     yield module
@@ -41,7 +41,7 @@ def module(request, monkeypatch):
 
 
 def run(page, example, names, server=SERVER):
-    # Empty lines in front, so that a traceback names the line of the page.
+    # Start with empty lines, so that tracebacks have the page's line numbers.
     code = "\n" * example.line + example.text.replace(SERVER, server)
     exec(compile(code, page, "exec"), names)
 

@@ -1,4 +1,4 @@
-"""The API reference has every public name, each with a docstring that fits its signature."""
+"""The API reference lists every public name, and its docstrings fit the signatures."""
 
 import logging
 import re
@@ -19,7 +19,7 @@ def package():
 
 
 def public_members(owner):
-    """Classes, functions and their public members, of what is defined here."""
+    """Public classes and functions that are defined here, and the members of these classes."""
     for name, member in owner.members.items():
         if not name.startswith("_") and not member.is_alias and (member.is_class or member.is_function):
             yield member
@@ -27,25 +27,25 @@ def public_members(owner):
                 yield from public_members(member)
 
 
-def test_the_reference_has_the_names_of_the_package():
+def test_the_reference_lists_every_public_name():
     listed = set(re.findall(r"^\| \[`(\w+)`\]", PAGES["index"], re.MULTILINE))
     assert listed == {name for name in calm.__all__ if not name.startswith("__")}
 
 
-def test_where_the_reference_says_names_are_they_are(package):
+def test_the_reference_links_each_name_to_its_module(package):
     for name, path in re.findall(r"\[`(\w+)`\]\(\w+\.md#(calm\.[\w.]+)\)", PAGES["index"]):
         assert path.rpartition(".")[0] in MODULES
         assert package[path.removeprefix("calm.")].name == name == getattr(calm, name).__name__
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_docstrings_of_the_reference(package, name, caplog):
+def test_docstrings_exist_and_fit_their_signatures(package, name, caplog):
     module = package[name.removeprefix("calm.")]
     missing = [member.path for member in [module, *public_members(module)] if member.docstring is None]
     assert not missing
     with caplog.at_level(logging.WARNING):
         for member in public_members(module):
-            # Classes describe fields, which come from elsewhere where they are configurations or tuples.
+            # Classes may document fields that griffe does not find, as of configurations and named tuples.
             if member.is_function:
                 member.docstring.parse()
     assert not caplog.messages

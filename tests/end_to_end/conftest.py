@@ -1,4 +1,4 @@
-"""A folder with a trained toy run, and a baseline beside it, for each file of tests that asks."""
+"""Fixtures, once per test file: a folder with a trained toy run, and a baseline beside it."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ from calm.data.stories import write_stories
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory) -> Path:
+def root(tmp_path_factory) -> Path:
     """A folder with text, a recipe and a trained toy run."""
-    folder = tmp_path_factory.mktemp("room")
+    folder = tmp_path_factory.mktemp("root")
     write_stories(folder / "text.jsonl", 0, 40)
     (folder / "toy.yaml").write_text(TOY)
     main(["train", "--recipe", str(folder / "toy.yaml"), "--data.sources", str(folder / "text.jsonl"),
@@ -21,8 +21,8 @@ def room(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def baseline(room) -> Path:
+def baseline(root) -> Path:
     """An autoregressive model trained by the same command on the same prepared text."""
-    main(["train", "--recipe", str(room / "toy.yaml"), "--model", "autoregressive", "--chunk_size", "1",
-          "--data.sources", str(room / "run/data"), "--output", str(room / "baseline")])  # fmt: skip
-    return room / "baseline/model"
+    main(["train", "--recipe", str(root / "toy.yaml"), "--model", "autoregressive", "--chunk_size", "1",
+          "--data.sources", str(root / "run/data"), "--output", str(root / "baseline")])  # fmt: skip
+    return root / "baseline/model"

@@ -1,4 +1,4 @@
-"""The command line: the main job at toy size, and one sentence with exit code 2 for bad input."""
+"""The command line at toy size: train, generate, import; bad input gives one sentence and exit code 2."""
 
 import json
 import lzma
@@ -13,10 +13,7 @@ import torch
 from processes import start as start_calm
 from reports import Page
 from toy import TOY, failure
-from transformers import (
-    AutoTokenizer,
-    pipeline,
-)
+from transformers import AutoTokenizer, pipeline
 
 from calm.cli import main
 from calm.data.prepared import load_prepared
@@ -25,10 +22,10 @@ from calm.models.calm import CalmForCausalLM
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
-def test_train_made_a_self_contained_folder(room):
-    assert (room / "run/recipe.yaml").is_file()
-    assert (room / "run/model/tokenizer.json").is_file()
-    history = json.loads((room / "run/history.json").read_text())
+def test_train_writes_a_self_contained_folder(root):
+    assert (root / "run/recipe.yaml").is_file()
+    assert (root / "run/model/tokenizer.json").is_file()
+    history = json.loads((root / "run/history.json").read_text())
     assert any("eval_token_accuracy" in entry for entry in history["autoencoder"])
     assert any("eval_brier_lm" in entry for entry in history["language_model"])
     for stage in history.values():
@@ -37,8 +34,8 @@ def test_train_made_a_self_contained_folder(room):
         assert 0 < logged[-1]["utilisation"] < 1
 
 
-def test_generate(room, capsys):
-    arguments = ["generate", str(room / "run/model"), "Once upon", "There was a dog", "--seed", "1",
+def test_generate_with_a_seed_repeats_itself(root, capsys):
+    arguments = ["generate", str(root / "run/model"), "Once upon", "There was a dog", "--seed", "1",
                  "--max_new_tokens", "12", "--num_draws", "8"]  # fmt: skip
     main(arguments)
     first = capsys.readouterr().out
@@ -48,16 +45,16 @@ def test_generate(room, capsys):
     assert "\n\nThere was a dog" in first
 
 
-def test_stream_writes_the_same_text(room, capsys):
-    arguments = ["generate", str(room / "run/model"), "Once upon", "There", "--seed", "1", "-n", "1"]
+def test_stream_writes_the_same_text(root, capsys):
+    arguments = ["generate", str(root / "run/model"), "Once upon", "There", "--seed", "1", "-n", "1"]
     main([*arguments, "--max_new_tokens", "12"])
-    whole = capsys.readouterr().out
+    expected = capsys.readouterr().out
     main([*arguments, "--max_new_tokens", "12", "--stream"])
-    assert capsys.readouterr().out.strip() == whole.strip()
+    assert capsys.readouterr().out.strip() == expected.strip()
 
 
-def test_flops_of_a_folder_and_of_recipes(room, baseline, capsys):
-    main(["flops", str(room / "run/model"), "--draws", "50", "--positions", "16"])
+def test_flops_of_a_folder_and_of_recipes(root, baseline, capsys):
+    main(["flops", str(root / "run/model"), "--draws", "50", "--positions", "16"])
     out = capsys.readouterr().out
     for word in ("with 50 draws", "vocabulary", "K = 4", "300 token ids", "16 positions"):
         assert word in out
@@ -75,31 +72,30 @@ def test_flops_of_a_folder_and_of_recipes(room, baseline, capsys):
     assert "291 M" in out and "30.2 G" in out
     assert "no recipe 'nothing'" in failure(capsys, "flops", "nothing")
     assert "at least 1, got 2048 and 0" in failure(capsys, "flops", "calm_m", "--draws", "0")
-    assert "no config.json" in failure(capsys, "flops", str(room))
+    assert "no config.json" in failure(capsys, "flops", str(root))
 
 
-def test_prepare_then_train_from_the_prepared_folder(room, tmp_path, capsys):
-    main(["prepare", str(room / "text.jsonl"), "--output", str(tmp_path / "data"), "--vocab_size", "300"])
+def test_prepare_then_train_from_the_prepared_folder(root, tmp_path, capsys):
+    main(["prepare", str(root / "text.jsonl"), "--output", str(tmp_path / "data"), "--vocab_size", "300"])
     assert "300 token ids" in capsys.readouterr().out
-    main(["train", "--recipe", str(room / "toy.yaml"), "--data.sources", str(tmp_path / "data"),
-          "--output", str(tmp_path / "run"), "--autoencoder.path", str(room / "run/autoencoder"),
+    main(["train", "--recipe", str(root / "toy.yaml"), "--data.sources", str(tmp_path / "data"),
+          "--output", str(tmp_path / "run"), "--autoencoder.path", str(root / "run/autoencoder"),
           "--language_model.training.steps", "2"])  # fmt: skip
     assert (tmp_path / "run/model/model.safetensors").is_file()
 
 
-def test_five_lines_of_python(room):
-
+def test_generate_from_python(root):
     from calm import CalmForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(room / "run/model")
-    model = CalmForCausalLM.from_pretrained(room / "run/model")
+    tokenizer = AutoTokenizer.from_pretrained(root / "run/model")
+    model = CalmForCausalLM.from_pretrained(root / "run/model")
     prompt = tokenizer("Once upon a time", return_tensors="pt")
     tokens = model.generate(**prompt, max_new_tokens=10, temperature=0.5, num_draws=8, seed=0)
     assert tokenizer.decode(tokens[0], skip_special_tokens=True).startswith("Once upon a time")
 
 
-def test_text_generation_pipeline(room):
-    write = pipeline("text-generation", model=str(room / "run/model"), device="cpu")
+def test_text_generation_pipeline(root):
+    write = pipeline("text-generation", model=str(root / "run/model"), device="cpu")
     (out,) = write("Once upon a time", max_new_tokens=8, temperature=0.5, num_draws=8)
     assert out["generated_text"].startswith("Once upon a time")
     assert len(out["generated_text"]) > len("Once upon a time")
@@ -107,7 +103,7 @@ def test_text_generation_pipeline(room):
     assert [len(row) for row in batch] == [2, 2]
 
 
-def test_import(tmp_path, capsys):
+def test_import_converts_each_kind_of_head(tmp_path, capsys):
     case = FIXTURES / "energy_k4"
     main(["import", "--autoencoder", str(case / "autoencoder"), "--model", str(case / "calm"),
           "--out", str(tmp_path / "out")])  # fmt: skip
@@ -130,7 +126,7 @@ def test_import(tmp_path, capsys):
     )
 
 
-def test_import_refuses_what_does_not_belong_together(tmp_path, capsys):
+def test_import_refuses_mismatched_and_damaged_parts(tmp_path, capsys):
     k4, k2 = FIXTURES / "energy_k4", FIXTURES / "energy_k2_gqa"
     out = tmp_path / "out"
     message = failure(
@@ -154,16 +150,16 @@ def test_import_refuses_what_does_not_belong_together(tmp_path, capsys):
     assert not out.exists()
 
 
-def test_import_refuses_a_larger_tokenizer(room, tmp_path, capsys):
+def test_import_refuses_a_larger_tokenizer(root, tmp_path, capsys):
     case = FIXTURES / "energy_k4"
     message = failure(
         capsys, "import", "--autoencoder", case / "autoencoder", "--model", case / "calm",
-        "--tokenizer", room / "run/model", "--out", tmp_path / "out",
+        "--tokenizer", root / "run/model", "--out", tmp_path / "out",
     )  # fmt: skip
     assert "has 300 tokens, more than the model's 256" in message
 
 
-def test_doctor(capsys):
+def test_doctor_reports_the_machine(capsys):
     main(["doctor"])
     out = capsys.readouterr().out
     for word in ("torch", "device", "dtype", "attention", "sdpa"):
@@ -188,28 +184,28 @@ def test_doctor(capsys):
         ("text.pdf", b"%PDF-1.7\n\0", "it is not UTF-8 plain text"),
     ],
 )
-def test_bad_text(tmp_path, capsys, name, content, message):
+def test_bad_text_is_refused(tmp_path, capsys, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     assert message in failure(capsys, "prepare", tmp_path / name, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_keeps_the_whole_of_a_recipe_that_extends_another(room, tmp_path):
-    (tmp_path / "mine.yaml").write_text(f"extends: {room / 'toy.yaml'}\nseed: 5\n")
+def test_a_run_saves_a_recipe_without_extends(root, tmp_path):
+    (tmp_path / "mine.yaml").write_text(f"extends: {root / 'toy.yaml'}\nseed: 5\n")
     (tmp_path / "whole.yaml").write_text(f"{TOY}\nseed: 5\n")
     for name in ("mine", "whole"):
-        main(["train", "--recipe", str(tmp_path / f"{name}.yaml"), "--data.sources", str(room / "run/data"),
+        main(["train", "--recipe", str(tmp_path / f"{name}.yaml"), "--data.sources", str(root / "run/data"),
               "--autoencoder.training.steps", "1", "--language_model.training.steps", "1",
               "--output", str(tmp_path / name)])  # fmt: skip
-    kept = (tmp_path / "mine/recipe.yaml").read_bytes()
-    assert kept == (tmp_path / "whole/recipe.yaml").read_bytes() and b"extends" not in kept
+    saved = (tmp_path / "mine/recipe.yaml").read_bytes()
+    assert saved == (tmp_path / "whole/recipe.yaml").read_bytes() and b"extends" not in saved
 
 
-def test_bad_recipes(room, tmp_path, capsys):
-    def train(*more: object) -> str:
+def test_bad_recipes_are_refused(root, tmp_path, capsys):
+    def train(*options: object) -> str:
         return failure(
-            capsys, "train", "--data.sources", room / "text.jsonl", "--output", tmp_path / "out", *more
+            capsys, "train", "--data.sources", root / "text.jsonl", "--output", tmp_path / "out", *options
         )
 
     assert "did you mean --data.vocab_size?" in train("--data.vocab_sise", "3")
@@ -219,15 +215,15 @@ def test_bad_recipes(room, tmp_path, capsys):
     assert "data.context" in train("--data.context", "many")
     assert "multiple of the chunk size 4" in train("--data.context", "30")
     assert "num_encoder_layers must be even" in train(
-        "--recipe", room / "toy.yaml", "--autoencoder.num_encoder_layers", 3
+        "--recipe", root / "toy.yaml", "--autoencoder.num_encoder_layers", 3
     )
     assert not (tmp_path / "out/model").exists()
 
 
-def test_bad_head_or_model_is_told_before_anything_is_trained(room, tmp_path, capsys):
+def test_an_unknown_head_is_refused_before_training(root, tmp_path, capsys):
     start = time.monotonic()
     message = failure(
-        capsys, "train", "--recipe", room / "toy.yaml", "--data.sources", room / "text.jsonl",
+        capsys, "train", "--recipe", root / "toy.yaml", "--data.sources", root / "text.jsonl",
         "--output", tmp_path / "out", "--language_model.head", '{"head_type": "magic"}',
     )  # fmt: skip
     assert "unknown head_type 'magic'" in message
@@ -235,43 +231,43 @@ def test_bad_head_or_model_is_told_before_anything_is_trained(room, tmp_path, ca
     assert time.monotonic() - start < 5
 
 
-def test_nothing_is_overwritten_without_the_flag(room, capsys):
-    before = (room / "run/model/model.safetensors").read_bytes()
+def test_nothing_is_overwritten_by_default(root, capsys):
+    before = (root / "run/model/model.safetensors").read_bytes()
     arguments = [
         "train",
         "--recipe",
-        room / "toy.yaml",
+        root / "toy.yaml",
         "--data.sources",
-        room / "text.jsonl",
+        root / "text.jsonl",
         "--output",
-        room / "run",
+        root / "run",
     ]
     assert "is not empty" in failure(capsys, *arguments)
-    assert "is not empty" in failure(capsys, "prepare", room / "text.jsonl", "--output", room / "run")
-    assert (room / "run/model/model.safetensors").read_bytes() == before
+    assert "is not empty" in failure(capsys, "prepare", root / "text.jsonl", "--output", root / "run")
+    assert (root / "run/model/model.safetensors").read_bytes() == before
 
 
-def _changed(folder):
-    """A copy of a model folder with another sentence in its configuration."""
+def _modified(folder):
+    """A copy of a model folder whose configuration no longer has its checksum."""
     other = folder.with_name("changed")
     shutil.copytree(folder, other)
     (other / "config.json").write_text((other / "config.json").read_text() + "\n")
     return other
 
 
-def test_damaged_model_folders(room, tmp_path, capsys):
+def test_damaged_model_folders_are_refused(root, tmp_path, capsys):
     assert "there is no such folder" in failure(capsys, "generate", tmp_path / "none", "Once")
     (tmp_path / "bare").mkdir()
     assert "no config.json" in failure(capsys, "generate", tmp_path / "bare", "Once")
     torn = tmp_path / "torn"
-    shutil.copytree(room / "run/model", torn)
+    shutil.copytree(root / "run/model", torn)
     weights = torn / "model.safetensors"
-    assert "is damaged or was modified" in failure(capsys, "generate", _changed(torn), "Once")
+    assert "is damaged or was modified" in failure(capsys, "generate", _modified(torn), "Once")
     (torn / "checksums.json").unlink()
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
+    intact = weights.read_bytes()
+    weights.write_bytes(intact[: len(intact) // 2])
     assert "is truncated or damaged" in failure(capsys, "generate", torn, "Once")
-    weights.write_bytes(whole)
+    weights.write_bytes(intact)
     config = json.loads((torn / "config.json").read_text())
     (torn / "config.json").write_text("{")
     assert "config.json' is damaged" in failure(capsys, "generate", torn, "Once")
@@ -280,15 +276,14 @@ def test_damaged_model_folders(room, tmp_path, capsys):
     assert "do not fit their configuration" in failure(capsys, "generate", torn, "Once")
 
 
-def test_a_tokenizer_larger_than_the_model(room, tmp_path, capsys):
-
+def test_a_tokenizer_larger_than_the_model_is_refused(root, tmp_path, capsys):
     folder = tmp_path / "model"
-    shutil.copytree(room / "run/model", folder)
+    shutil.copytree(root / "run/model", folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(folder)
-    told = failure(capsys, "generate", folder, "Once")
-    assert "tokenizer.json has" in told and "if the change was intended, remove '" in told
+    error = failure(capsys, "generate", folder, "Once")
+    assert "tokenizer.json has" in error and "if the change was intended, remove '" in error
     (folder / "checksums.json").unlink()
     assert "has 301 tokens, more than the model's 300" in failure(capsys, "generate", folder, "Once")
 
@@ -304,41 +299,40 @@ def test_a_tokenizer_larger_than_the_model(room, tmp_path, capsys):
         (["--tempurature", "1"], "unrecognized"),
     ],
 )
-def test_bad_generation_options(room, capsys, options, message):
-    assert message in failure(capsys, "generate", room / "run/model", "Once", *options)
+def test_bad_generation_options_are_refused(root, capsys, options, message):
+    assert message in failure(capsys, "generate", root / "run/model", "Once", *options)
 
 
-def test_help_is_quick_and_needs_no_torch():
+def test_help_is_quick_and_does_not_import_torch():
     code = "import sys; sys.argv = ['calm', '--help']\nfrom calm_command import main\n"
     code += "try: main()\nexcept SystemExit: pass\n"
     code += "print('torch' in sys.modules, 'transformers' in sys.modules)"
     start = time.monotonic()
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    # Generous: the point is that torch alone would take longer on a loaded machine.
+    # A generous limit; on a loaded machine, importing torch alone would take longer.
     assert time.monotonic() - start < 5
     assert out.endswith("False False\n")
 
 
-def test_a_mistake_shows_no_traceback(tmp_path):
+def test_a_mistake_prints_no_traceback(tmp_path):
     result = start_calm("generate", tmp_path / "none", "Once").wait()
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("calm: error:")
 
 
-def test_same_seed_same_model(room, tmp_path):
-    """Two runs of one recipe end in the same weights."""
-    main(["train", "--recipe", str(room / "toy.yaml"), "--data.sources", str(room / "text.jsonl"),
+def test_two_runs_of_a_recipe_have_equal_weights(root, tmp_path):
+    main(["train", "--recipe", str(root / "toy.yaml"), "--data.sources", str(root / "text.jsonl"),
           "--output", str(tmp_path / "again")])  # fmt: skip
     weights = [
-        (folder / "model/model.safetensors").read_bytes() for folder in (room / "run", tmp_path / "again")
+        (folder / "model/model.safetensors").read_bytes() for folder in (root / "run", tmp_path / "again")
     ]
     assert weights[0] == weights[1]
     assert torch.get_num_threads() == 1
 
 
-def test_demo(room, tmp_path, capsys):
-    demo = ["demo", "--recipe", str(room / "toy.yaml"), "--output", str(tmp_path / "demo")]
+def test_demo_trains_on_stories_and_writes_a_report(root, tmp_path, capsys):
+    demo = ["demo", "--recipe", str(root / "toy.yaml"), "--output", str(tmp_path / "demo")]
     assert "stories must be at least 2" in failure(capsys, *demo, "--stories", "1")
     main([*demo, "--stories", "30"])
     out = capsys.readouterr().out
@@ -352,6 +346,6 @@ def test_demo(room, tmp_path, capsys):
     assert len(page.texts("picture")) == 4 and page.texts("time") and len(page.texts("article")) == 3
     assert "is not empty" in failure(capsys, *demo)
     (tmp_path / "other-stories.jsonl").write_text("mine")
-    told = failure(capsys, *demo[:-1], str(tmp_path / "other"), "--stories", "30", "--overwrite")
-    assert "other-stories.jsonl', which already exists with other contents" in told
+    error = failure(capsys, *demo[:-1], str(tmp_path / "other"), "--stories", "30", "--overwrite")
+    assert "other-stories.jsonl', which already exists with other contents" in error
     assert (tmp_path / "other-stories.jsonl").read_text() == "mine"

@@ -1,8 +1,9 @@
-"""The scripts of examples/ run, on small things."""
+"""The scripts of examples/ run, on small inputs."""
 
 import json
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def text(tmp_path):
     return tmp_path / "text.jsonl"
 
 
-def test_there_are_no_others():
+def test_no_example_is_without_a_test():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
         "a_data_source_of_your_own",
         "a_head_of_your_own",
@@ -53,14 +54,14 @@ def test_train_on_your_text(run, text, tmp_path):
     arguments = (text, "--output", tmp_path / "run", "--recipe", tmp_path / "toy.yaml", "--steps", 4)
     out = run("train_on_your_text", *arguments)
     assert "3-gram" in out and "CALM" in out and (tmp_path / "run/model/config.json").is_file()
-    again = run("train_on_your_text", *arguments)  # Takes what is there.
+    again = run("train_on_your_text", *arguments)  # Finds the finished run.
     assert again.splitlines()[-6:] == out.splitlines()[-6:]
 
 
 def test_draft_for_a_transformer(run, tmp_path):
     out = run("draft_for_a_transformer", tmp_path, "--stories", 100, "--steps", 2)
     assert "the text is the same" in out and "T = 1:" in out
-    assert run("draft_for_a_transformer", tmp_path).count(" passes instead of 120") == 2  # Of what is there.
+    assert run("draft_for_a_transformer", tmp_path).count(" passes instead of 120") == 2  # Reuses the models.
 
 
 def test_a_data_source_of_your_own(run, tmp_path, monkeypatch):
@@ -74,8 +75,6 @@ def test_a_data_source_of_your_own(run, tmp_path, monkeypatch):
 
 
 def test_load_a_published_checkpoint(run, tmp_path):
-    import shutil
-
     shutil.copytree(FIXTURE / "calm", tmp_path / "model")
     train_tokenizer(stories(0, 5), 300).save_pretrained(tmp_path / "model")
     out = run("load_a_published_checkpoint", FIXTURE / "autoencoder", tmp_path / "model", "a", "--tokens", 8)
@@ -91,14 +90,15 @@ def test_compare_with_a_transformer(run, text, tmp_path):
 
 
 def test_conversations(run, tmp_path):
-    """An answer goes on with the story, and the last one says what it told of the child."""
+    """Each answer continues the story, and the last one says something about the child in it."""
     assert "50 conversations" in run("conversations", tmp_path / "c.jsonl", "--number", 50)
     records = [json.loads(line)["messages"] for line in (tmp_path / "c.jsonl").read_text().splitlines()]
     for messages in records:
         assert [message["role"] for message in messages] == ["user", "assistant"] * 3
-        asked, told, _, more, _, about = (message["content"] for message in messages)
+        request, story, _, continuation, _, about = (message["content"] for message in messages)
         name = re.search(r"[A-Z]\w+", about.removeprefix("It is"))[0]
-        assert name in asked and name in told and told.endswith((".", '"', "!", "?")) and more
+        assert name in request and name in story
+        assert story.endswith((".", '"', "!", "?")) and continuation
     with pytest.raises(FileExistsError):
         run("conversations", tmp_path / "c.jsonl")
 
@@ -109,6 +109,6 @@ def test_questions(run, tmp_path):
     assert len(records) == len({record["prompt"] for record in records}) == 50
     for record in records:
         story, answer = record["prompt"].split("\nQuestion:")[0], record["completion"]
-        assert re.search(rf"\b{answer.strip()}\b", story), "the story says it"
+        assert re.search(rf"\b{answer.strip()}\b", story), "the answer is not in the story"
     with pytest.raises(FileExistsError):
         run("questions", tmp_path / "q.jsonl")

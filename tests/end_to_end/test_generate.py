@@ -1,4 +1,4 @@
-"""`calm generate` with a tokenizer that puts spaces in front of words and ends after texts."""
+"""`calm generate` with a tokenizer that puts spaces before words and EOS after texts."""
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from calm.text.encoding import encode_documents
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def saved(tmp_path_factory):
+    """A folder, and the model and tokenizer in it."""
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("models") / "small"
     tokenizer = KINDS["llama with an end"]()
@@ -25,8 +26,8 @@ PROMPT = "A good morning, a"
 SETTINGS = ["--seed", "3", "--temperature", "1.0", "--max_new_tokens", "12"]
 
 
-def test_the_continuation_stands_behind_its_prompt(folder, capsys):
-    folder, model, tokenizer = folder
+def test_the_continuation_follows_its_prompt(saved, capsys):
+    folder, model, tokenizer = saved
     main(["generate", str(folder), PROMPT, *SETTINGS])
     written = capsys.readouterr().out
     [ids] = encode_documents(tokenizer, [PROMPT])
@@ -36,8 +37,8 @@ def test_the_continuation_stands_behind_its_prompt(folder, capsys):
     assert capsys.readouterr().out == written
 
 
-def test_a_prompt_that_is_too_long_is_refused_or_cropped_aloud(folder, capsys):
-    folder, _, _ = folder
+def test_a_long_prompt_is_refused_or_cropped_with_a_message(saved, capsys):
+    folder, _, _ = saved
     prompt = "one two three four " * 100
     with pytest.raises(SystemExit):
         main(["generate", str(folder), prompt, *SETTINGS])

@@ -1,4 +1,4 @@
-"""Heads that take steps, from text to text, and changing how they are drawn from."""
+"""Heads that draw in steps: train, evaluate and generate, also with other sampling settings."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ CHANGES = {
     "diffusion": {"sampler": "dpm", "num_steps": 3},
     "categorical_flow": {"num_steps": 2},
 }
-# Of the network for a draw.
+# Calls of the network for a draw, before and after these changes.
 CALLS = {"flow": (8, 3), "diffusion": (6, 3), "categorical_flow": (4, 2)}
 
 
@@ -39,7 +39,7 @@ def run(request, tmp_path_factory) -> Path:
     return folder
 
 
-def test_trained_scored_and_written_with(run, capsys, monkeypatch):
+def test_train_evaluate_and_generate(run, capsys, monkeypatch):
     assert json.loads((run / "model/config.json").read_text())["head_config"]["head_type"] == run.name
     calls = []
     forward = StepNetwork.forward
@@ -51,33 +51,26 @@ def test_trained_scored_and_written_with(run, capsys, monkeypatch):
         return len(calls)
 
     evaluate = ["evaluate", str(run / "model"), str(run / "data"), "--context", "64", "--max_blocks", "4"]
-    generate = [
-        "generate",
-        str(run / "model"),
-        "Once upon a time",
-        "--max_new_tokens",
-        "4",
-        "--temperature",
-        "1",
-    ]
+    generate = ["generate", str(run / "model"), "Once upon a time", "--max_new_tokens", "4"]
+    generate += ["--temperature", "1"]
     before, after = CALLS[run.name]
     head = ["--head", json.dumps(CHANGES[run.name])]
-    for command, said in ((evaluate, "CALM"), (generate, "Once upon a time")):
-        usual, changed = network_calls(*command), network_calls(*command, *head)
-        assert usual * after == changed * before > 0
-        assert said in capsys.readouterr().out
+    for command, expected in ((evaluate, "CALM"), (generate, "Once upon a time")):
+        default, changed = network_calls(*command), network_calls(*command, *head)
+        assert default * after == changed * before > 0
+        assert expected in capsys.readouterr().out
 
 
-def test_costs_follow_the_steps(run, capsys):
-    def head_row(*change: str) -> str:
-        main(["flops", str(run / "model"), "--draws", "5", *change])
+def test_flops_depend_on_the_number_of_steps(run, capsys):
+    def head_row(*options: str) -> str:
+        main(["flops", str(run / "model"), "--draws", "5", *options])
         return next(line for line in capsys.readouterr().out.splitlines() if "head " in line)
 
-    more = {"flow": 8, "diffusion": 60, "categorical_flow": 8}[run.name]
-    assert head_row() != head_row("--head", json.dumps({"num_steps": more}))
+    num_steps = {"flow": 8, "diffusion": 60, "categorical_flow": 8}[run.name]
+    assert head_row() != head_row("--head", json.dumps({"num_steps": num_steps}))
 
 
-def test_what_cannot_change(run, capsys, tmp_path):
+def test_trained_settings_cannot_be_changed(run, capsys, tmp_path):
     model = run / "model"
     for command in (["generate", model, "Once"], ["evaluate", model, run / "data"], ["flops", model]):
         message = failure(capsys, *command, "--head", '{"num_blocks": 3}')
@@ -91,27 +84,18 @@ def test_what_cannot_change(run, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("head", [HEADS["categorical_flow"], SEQUENTIAL], ids=lambda head: head["head_type"])
-def test_codes_take_no_training(head, tmp_path, capsys):
+def test_codes_need_no_trained_autoencoder(head, tmp_path, capsys):
     text, recipe = tmp_path / "text.jsonl", tmp_path / "recipe.yaml"
     write_stories(text, 0, 20)
     recipe.write_text(TOY)
     run = tmp_path / "run"
-    train = [
-        "train",
-        "--recipe",
-        recipe,
-        "--data.sources",
-        text,
-        "--output",
-        run,
-        "--language_model.head",
-        json.dumps(head),
-    ]
+    train = ["train", "--recipe", recipe, "--data.sources", text, "--output", run]
+    train += ["--language_model.head", json.dumps(head)]
     message = failure(capsys, *train)
-    wanted = (
+    expected = (
         f"a {head['head_type']} head learns tokens and needs no trained autoencoder: set the autoencoder's"
     )
-    assert wanted in message
+    assert expected in message
     codes = ["--autoencoder.kind", "codes"]
     message = failure(capsys, *train, *codes, "--autoencoder.latent_size", 8)
     assert "set autoencoder.latent_size to at least 32, not 8" in message
@@ -119,11 +103,11 @@ def test_codes_take_no_training(head, tmp_path, capsys):
     assert list(json.loads((run / "history.json").read_text())) == ["language_model"]
     capsys.readouterr()
     main(["evaluate", str(run / "model"), str(run / "data"), "--context", "64", "--max_blocks", "4"])
-    said = capsys.readouterr().out
-    assert "100.00" in said  # Of the tokens are reconstructed.
+    printed = capsys.readouterr().out
+    assert "100.00" in printed  # Percent of the tokens are reconstructed.
     [*_, last] = [
         e for e in json.loads((run / "history.json").read_text())["language_model"] if "eval_brier_lm" in e
     ]
-    assert ("perplexity" in said) == ("eval_cross_entropy" in last) == (head is SEQUENTIAL)
+    assert ("perplexity" in printed) == ("eval_cross_entropy" in last) == (head is SEQUENTIAL)
     main(["generate", str(run / "model"), "Once upon a time", "--max_new_tokens", "4", "--seed", "1"])
     assert "Once upon a time" in capsys.readouterr().out

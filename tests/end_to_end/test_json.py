@@ -1,4 +1,4 @@
-"""What commands print for programs."""
+"""The output of commands with --json."""
 
 import json
 import math
@@ -10,41 +10,41 @@ from calm.cli import main
 
 
 def test_samples_as_json(capsys):
-    """Three of each prompt; the first is the one that there would be alone."""
-    how = ["--seed", "1", "--temperature", "1", "--max_new_tokens", "8"]
-    main(["generate", "stories", "Once", "There was", "-n", "3", "--json", *how])
+    """Three for each prompt; the first is what a single sample would be."""
+    options = ["--seed", "1", "--temperature", "1", "--max_new_tokens", "8"]
+    main(["generate", "stories", "Once", "There was", "-n", "3", "--json", *options])
     written = json.loads(capsys.readouterr().out)
     samples = written.pop("samples")
     assert written == {"model": "stories", "temperature": 1, "seed": 1}
-    assert [one["prompt"] for one in samples] == ["Once"] * 3 + ["There was"] * 3
-    assert len({one["text"] for one in samples}) > 4
-    main(["generate", "stories", "There was", *how])
+    assert [sample["prompt"] for sample in samples] == ["Once"] * 3 + ["There was"] * 3
+    assert len({sample["text"] for sample in samples}) > 4
+    main(["generate", "stories", "There was", *options])
     assert capsys.readouterr().out == f"There was{samples[3]['text']}\n"
 
 
-def test_figures_as_json(room, baseline, capsys):
-    """The same figures as in the tables, and nothing beside them."""
+def test_figures_as_json(root, baseline, capsys):
+    """The figures are those of the tables, and nothing else is printed."""
 
     def figures(*arguments):
         main([*map(str, arguments), "--json"])
         return json.loads(capsys.readouterr().out)
 
-    how = ["--context", "64", "--ngrams", "[2]"]
-    main(["evaluate", str(room / "run"), str(room / "run/data"), *how])
+    options = ["--context", "64", "--ngrams", "[2]"]
+    main(["evaluate", str(root / "run"), str(root / "run/data"), *options])
     table = capsys.readouterr().out
-    card = figures("evaluate", room / "run", room / "run/data", *how)
+    card = figures("evaluate", root / "run", root / "run/data", *options)
     assert f"{card['brier_1']:.2f}±{card['standard_errors']['brier_1']:.2f}" in table
     assert f"{card['floors']['2-gram']['brier_2']:.2f}" in table
-    of_floor = card["floors"]["2-gram"]["perplexity"]
-    assert math.log(of_floor["perplexity"]) == pytest.approx(of_floor["cross_entropy"])
+    floor = card["floors"]["2-gram"]["perplexity"]
+    assert math.log(floor["perplexity"]) == pytest.approx(floor["cross_entropy"])
     assert f"{card['chunks']:,} held-out chunks" in table and card["context"] == 64
     assert f"{card['reconstruction']['token_accuracy']:.3f}%" in table and card["perplexity"] is None
-    other = figures("evaluate", baseline, room / "run/data", "--max_blocks", "2", *how)
-    same = other["floors"]["2-gram"]["perplexity"]
-    assert same["num_tokens"] == other["perplexity"]["num_tokens"] < of_floor["num_tokens"]
-    assert other["reconstruction"] is None
-    assert math.log(other["perplexity"]["perplexity"]) == pytest.approx(other["perplexity"]["cross_entropy"])
-    costs = figures("flops", room / "run", "--draws", "50")
+    plain = figures("evaluate", baseline, root / "run/data", "--max_blocks", "2", *options)
+    plain_floor = plain["floors"]["2-gram"]["perplexity"]
+    assert plain_floor["num_tokens"] == plain["perplexity"]["num_tokens"] < floor["num_tokens"]
+    assert plain["reconstruction"] is None
+    assert math.log(plain["perplexity"]["perplexity"]) == pytest.approx(plain["perplexity"]["cross_entropy"])
+    costs = figures("flops", root / "run", "--draws", "50")
     assert costs["inference_with_draws"]["head"] > costs["inference"]["head"] and costs["chunk_size"] == 4
     assert "inference_with_draws" not in figures("flops", baseline)
     assert figures("doctor")["versions"]["torch"] == torch.__version__

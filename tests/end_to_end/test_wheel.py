@@ -1,6 +1,6 @@
-"""The wheel holds the package and nothing else, and works where only the wheel is installed.
+"""The wheel contains the package and nothing else, and works where only the wheel is installed.
 
-`make wheels` installs it with each extra, which takes a network.
+`make wheels` installs it with each extra, which needs a network.
 """
 
 import email
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
-    # By way of the source distribution, as for a release: so that is whole, too.
+    # Built from the source distribution, as for a release, so that must be complete too.
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)
     (path,) = folder.glob("calm_lm-*.whl")
@@ -37,7 +37,7 @@ def metadata(wheel):
         return email.message_from_bytes(archive.read(name))
 
 
-def test_it_holds_the_source_tree_and_nothing_else(wheel):
+def test_the_wheel_contains_the_source_tree_and_nothing_else(wheel):
     source = ROOT / "src"
     tree = {path.relative_to(source) for path in source.rglob("*") if path.is_file()}
     ours = {path.as_posix() for path in tree if not re.search(r"__pycache__|\.egg-info", str(path))}
@@ -47,7 +47,7 @@ def test_it_holds_the_source_tree_and_nothing_else(wheel):
     assert [name for name in names if name.startswith("calm/serving/page/")]
 
 
-def test_the_license_comes_with_it(wheel, metadata):
+def test_the_wheel_contains_the_license(wheel, metadata):
     (name,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("licenses/LICENSE"))
     assert zipfile.ZipFile(wheel).read(name) == (ROOT / "LICENSE").read_bytes()
     assert metadata["License-Expression"] == "MIT"
@@ -61,35 +61,32 @@ def test_the_source_distribution_has_no_tests(wheel):
     assert {"CITATION.cff", "LICENSE", "constraints.txt", "pyproject.toml", "src/calm/py.typed"} <= names
 
 
-def test_the_pinned_versions_are_some_that_every_extra_allows(metadata):
-    """What an index has is not asked here."""
+def test_the_pinned_versions_satisfy_every_extra(metadata):
+    """Whether an index has them is not tested."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [line.partition(";")[0].strip().split("==") for line in lines]
     pinned = {canonicalize_name(name): version for name, version in pins}
     needed = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
-    markers = " ".join(str(one.marker) for one in needed)
+    markers = " ".join(str(requirement.marker) for requirement in needed)
     for extra in ("cluster", "docs", "finetune", "harness", "report", "serve", "tensorboard"):
         assert extra in metadata.get_all("Provides-Extra") and f'extra == "{extra}"' in markers
-    for one in needed:
-        if one.name not in (
-            "calm-lm",
-            "setuptools",
-        ):  # Itself, in an extra; and what comes with Python's tools.
-            version = pinned[canonicalize_name(one.name)]
-            assert one.specifier.contains(version), f"{one} is pinned to {version}"
+    for requirement in needed:
+        if requirement.name not in ("calm-lm", "setuptools"):  # Not pinned: itself, and a build tool.
+            version = pinned[canonicalize_name(requirement.name)]
+            assert requirement.specifier.contains(version), f"{requirement} is pinned to {version}"
 
 
-def test_the_model_of_the_package_is_small_and_says_what_it_is(wheel):
+def test_the_shipped_model_is_small_and_has_a_card(wheel):
     with zipfile.ZipFile(wheel) as archive:
         folder = "calm/shipped/stories/"
         assert archive.getinfo(folder + "model.safetensors").file_size < 16_000_000
         card = archive.read(folder + "README.md").decode()
-    for said in ("license: mit", "BrierLM", "head_type: sequential", "calm share"):
-        assert said in card, said
+    for text in ("license: mit", "BrierLM", "head_type: sequential", "calm share"):
+        assert text in card, text
 
 
-def test_installs_in_an_empty_environment(wheel, tmp_path, monkeypatch):
-    monkeypatch.delenv("PYTHONPATH", raising=False)  # What is installed is tried, not this checkout.
+def test_the_wheel_works_in_an_empty_environment(wheel, tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # Test what is installed, not this checkout.
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env/bin/python"
     install = [python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", str(wheel)]
@@ -111,11 +108,11 @@ def test_installs_in_an_empty_environment(wheel, tmp_path, monkeypatch):
     out = subprocess.run(
         [python, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
     ).stdout
-    place, count = out.split()
-    assert place == str(Path(site) / "calm")
+    folder, count = out.split()
+    assert folder == str(Path(site) / "calm")
     assert int(count) == len(list((ROOT / "src/calm/recipes").glob("*.yaml")))
-    ask_for_help = [python, "-X", "importtime", tmp_path / "env/bin/calm", "--help"]
-    done = subprocess.run(ask_for_help, capture_output=True, text=True, check=True, cwd=tmp_path)
+    help_command = [python, "-X", "importtime", tmp_path / "env/bin/calm", "--help"]
+    done = subprocess.run(help_command, capture_output=True, text=True, check=True, cwd=tmp_path)
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "train" in done.stdout and "calm.cli" in imported and "torch" not in imported
     write = [tmp_path / "env/bin/calm", "generate", "stories", "Once upon a time", "--max_new_tokens", "24"]

@@ -26,8 +26,10 @@ def tokenizer():
 
 @pytest.fixture
 def examples(tokenizer):
-    texts = [("one", " two"), ("one two three", " four five six"), ("six", " seven")] * 6
-    return [Example(*(tokenizer(text, add_special_tokens=False)["input_ids"] for text in t)) for t in texts]
+    pairs = [("one", " two"), ("one two three", " four five six"), ("six", " seven")] * 6
+    return [
+        Example(*(tokenizer(text, add_special_tokens=False)["input_ids"] for text in pair)) for pair in pairs
+    ]
 
 
 def llama(vocab_size):
@@ -36,15 +38,14 @@ def llama(vocab_size):
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **sizes, **ids, initializer_range=0.5)).eval()
 
 
-def test_matches_are_counted_whatever_the_white_space_at_the_ends(examples, tokenizer):
-    three = examples[:3]
-    completions = completions_of(three, tokenizer)
+def test_exact_match_ignores_leading_and_trailing_whitespace(examples, tokenizer):
+    completions = completions_of(examples[:3], tokenizer)
     assert completions == [" two", " four five six", " seven"]
     assert exact_match(["two\n", " four five six", "eight"], completions) == pytest.approx(200 / 3)
     assert exact_match(["Two", "four  five six", ""], completions) == 0
 
 
-def test_the_metric_with_steps_counts_only_the_last_words():
+def test_metric_of_answers_with_steps_looks_only_at_the_last_words():
     answers, completions = ["a = 2 .  four five\n", "four five", "five", ""], [" four five"] * 4
     name, metric = metric_of_answers(may_begin_with_steps=True)
     assert (name, metric(answers, completions)) == ("ends_with_completion", 50)
@@ -52,7 +53,7 @@ def test_the_metric_with_steps_counts_only_the_last_words():
     assert (name, metric(answers, completions)) == ("exact_match", 25)
 
 
-def test_an_answer_after_steps_is_right_if_its_last_words_are_the_completion(examples, tokenizer):
+def test_answer_is_right_if_its_last_words_are_the_completion(examples, tokenizer):
     [two, four_five_six] = examples[:2]
     right = {
         "two": two,
@@ -73,10 +74,11 @@ def test_an_answer_after_steps_is_right_if_its_last_words_are_the_completion(exa
             assert ends_with_completion([text], completions_of([example], tokenizer)) == percent, text
 
 
-def test_every_prompt_is_answered_with_the_most_probable_tokens_as_if_it_were_alone(examples, tokenizer):
+def test_greedy_answers_match_decoding_each_prompt_alone(examples, tokenizer):
+    """The reference is the greedy decoding of transformers."""
     model = llama(len(tokenizer))
     answers = answer(model, tokenizer, examples, temperature=0, num_draws=1, seed=0)
-    assert len(answers) == len(examples) > 16  # More than are answered at once.
+    assert len(answers) == len(examples) > 16  # More than one batch.
     longest = max(len(example.completion) for example in examples)
     for example, text in zip(examples, answers, strict=True):
         ids = torch.tensor([example.prompt])
@@ -84,7 +86,7 @@ def test_every_prompt_is_answered_with_the_most_probable_tokens_as_if_it_were_al
         assert text == decode_after(tokenizer, example.prompt, new.tolist())
 
 
-def test_answers_of_a_calm_depend_on_the_seed_alone(examples, tokenizer):
+def test_answers_of_a_calm_are_determined_by_the_seed(examples, tokenizer):
     model = tiny_model(vocab_size=len(tokenizer))
     first, again, other = (
         answer(model, tokenizer, examples, temperature=1, num_draws=1, seed=seed) for seed in (1, 1, 2)
@@ -92,12 +94,12 @@ def test_answers_of_a_calm_depend_on_the_seed_alone(examples, tokenizer):
     assert first == again != other
 
 
-def test_nothing_is_written_for_no_examples(tokenizer):
+def test_no_examples_give_no_answers(tokenizer):
     model = llama(len(tokenizer))
     assert answer(model, tokenizer, [], temperature=0, num_draws=1, seed=0) == []
 
 
-def test_the_loss_of_a_model_of_tokens_is_the_cross_entropy_of_completions(examples, tokenizer):
+def test_loss_of_a_token_model_is_the_cross_entropy_of_completions(examples, tokenizer):
     model = llama(len(tokenizer))
     blocks, _ = lay_out(examples, chunk_size=1, block_size=16, pad_token_id=0)
     losses = []
@@ -110,7 +112,7 @@ def test_the_loss_of_a_model_of_tokens_is_the_cross_entropy_of_completions(examp
     assert held_out_loss(model, blocks, 1) != pytest.approx(expected, rel=1e-4)
 
 
-def test_the_loss_of_a_calm_is_drawn_with_the_same_noise_each_time(examples, tokenizer):
+def test_loss_of_a_calm_uses_the_same_noise_on_every_call(examples, tokenizer):
     model = tiny_model(vocab_size=len(tokenizer))
     blocks, _ = lay_out(examples, chunk_size=4, block_size=32, pad_token_id=0)
     first = held_out_loss(model, blocks, 2)

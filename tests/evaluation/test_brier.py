@@ -32,7 +32,7 @@ def perfect(target_PK, before_PK, generator):
 
 
 def block_of(*rows, chunk_size=4):
-    """One document in each row, without padding."""
+    """One document per row, without padding."""
     tokens = torch.tensor(rows)
     num_chunks = tokens.shape[1] // chunk_size
     return {
@@ -52,8 +52,8 @@ def evaluate(sampler, *blocks, eos_token_id=EOS, seed=0):
     )
 
 
-def stories_in_blocks(num_documents=12):
-    """Blocks in the layout of training: padding inside, several documents, one cut by an edge."""
+def random_documents_in_blocks(num_documents=12):
+    """Blocks in the layout of training: padding, several documents per block, some cut by a block's edge."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, 30, (num_documents,), generator=generator).tolist()
     documents = [torch.randint(2, 5, (length,), generator=generator).tolist() for length in lengths]
@@ -72,7 +72,7 @@ def test_uniform_sampler():
     assert result.num_chunks == 400 * 500
     for order, mean in enumerate(result.means, 1):
         p = vocab**-order
-        # The variance of a + b - c for pairwise independent indicators of chance p, abc = ab.
+        # The variance of a + b - c for pairwise independent indicators of probability p, where abc = ab.
         assert abs(mean - p) < 4 * (3 * p * (1 - p) / result.num_chunks) ** 0.5
 
 
@@ -84,7 +84,7 @@ def test_perfect_sampler():
 
 
 def test_collapsed_sampler():
-    """Always one wrong chunk: -1 at every order, and no bogus score from a product of negatives."""
+    """Always the same wrong chunk: -1 at every order, and no bogus score from a product of negatives."""
     result = evaluate(Sampler(lambda target, *_: torch.full_like(target, 99)), block_of([5, 6, 7, 8] * 3))
     assert result.means == (-1.0, -1.0, -1.0, -1.0)
     assert result.brier_lm == 0.0
@@ -98,7 +98,7 @@ def test_wrong_from_the_third_token():
 
 
 def test_right_in_three_of_four_chunks():
-    """A sure sampler right with share s scores 2 s - 1."""
+    """A deterministic sampler that is right for a share s of the chunks scores 2 s - 1."""
     text = [5, 5, 5, 5] * 4 + [6, 6, 6, 6]
     result = evaluate(Sampler(lambda target, *_: torch.full_like(target, 5)), block_of(text))
     assert result.means == (0.5, 0.5, 0.5, 0.5)
@@ -116,7 +116,7 @@ def test_long_chunks_have_more_orders_but_the_same_brier_lm():
     assert list(result.as_metrics()) == ["brier_lm", "brier_1", "brier_2", "brier_3", "brier_4"]
 
 
-def test_two_draws_of_each_target_are_asked_for():
+def test_sampler_is_asked_for_two_draws_of_each_target():
     """Targets are the chunks 1..C-1 with a label that do not start a document, in order."""
     X = IGNORED_LABEL
     block = {
@@ -132,21 +132,21 @@ def test_two_draws_of_each_target_are_asked_for():
 
 
 @pytest.mark.parametrize("eos_token_id", [EOS, [EOS, 77]])
-def test_what_follows_the_end_does_not_matter(eos_token_id):
+def test_tokens_after_eos_do_not_matter(eos_token_id):
     """Neither in the text nor in the draws, even if the two draws differ there."""
     block = block_of([5, 6, 7, 8, 5, EOS, 9, 9], [5, 6, 7, 8, EOS, 7, 7, 7])
 
     def draw(target, before, generator):
-        ends = (target == EOS).long().cumsum(-1) - (target == EOS).long() > 0
-        return torch.where(ends, torch.randint(50, 1000, target.shape, generator=generator), target)
+        is_after_eos = (target == EOS).long().cumsum(-1) - (target == EOS).long() > 0
+        return torch.where(is_after_eos, torch.randint(50, 1000, target.shape, generator=generator), target)
 
     assert evaluate(Sampler(draw), block, eos_token_id=eos_token_id).means == (1.0, 1.0, 1.0, 1.0)
-    # Without an end these are tokens like others: order 1 of the first, nothing more of the second.
+    # If nothing ends a text, random tokens count: from order 3 in the first target, order 2 in the second.
     assert evaluate(Sampler(draw), block, eos_token_id=None).means == (1.0, 0.5, 0.0, 0.0)
 
 
-def test_the_end_itself_matters():
-    """A draw that ends where the text goes on is wrong, and padding without an end is no end."""
+def test_position_of_eos_matters():
+    """A draw that ends where the text goes on is wrong, and padding alone does not end a text."""
     block = block_of([5, 6, 7, 8, 5, EOS, PAD, PAD])
     early = evaluate(Sampler(lambda target, *_: torch.tensor([[EOS, 5, EOS, 0]])), block)
     assert early.means == (-1.0, -1.0, -1.0, -1.0)
@@ -154,7 +154,7 @@ def test_the_end_itself_matters():
     assert endless.means == (1.0, -1.0, -1.0, -1.0)
 
 
-def test_every_id_that_ends_a_text_counts():
+def test_any_of_several_eos_ids_ends_a_text():
     block = block_of([5, 6, 7, 8, 5, 77, 9, 9])
     sampler = Sampler(lambda target, *_: torch.tensor([[5, 77, 3, 2]]))
     assert evaluate(sampler, block, eos_token_id=[EOS, 77]).means == (1.0, 1.0, 1.0, 1.0)
@@ -162,21 +162,21 @@ def test_every_id_that_ends_a_text_counts():
 
 
 def test_batching_of_blocks_does_not_change_the_result():
-    """For a sampler without randomness: here one that repeats the chunk before, but for its last token."""
-    blocks = stories_in_blocks()
+    """For a deterministic sampler, which repeats the previous chunk but for its last token."""
+    blocks = random_documents_in_blocks()
     sampler = Sampler(lambda target, before, _: torch.cat([before[:, :3], before[:, 3:] % 3 + 2], dim=-1))
-    num = len(blocks)
-    assert num > 4
-    alone = evaluate(sampler, *(blocks[i : i + 1] for i in range(num)))
+    num_blocks = len(blocks)
+    assert num_blocks > 4
+    alone = evaluate(sampler, *(blocks[i : i + 1] for i in range(num_blocks)))
     for result in (evaluate(sampler, blocks[:]), evaluate(sampler, blocks[:3], blocks[3:])):
         assert (result.means, result.num_chunks) == (alone.means, alone.num_chunks)
         assert result.errors == pytest.approx(alone.errors, rel=1e-9)
     assert -1 < alone.means[0] < 1 and alone.num_chunks > 20
-    other_way = evaluate(sampler, *(blocks[i : i + 1] for i in reversed(range(num))))
-    assert_close(torch.tensor(other_way.means), torch.tensor(alone.means))
+    in_reverse = evaluate(sampler, *(blocks[i : i + 1] for i in reversed(range(num_blocks))))
+    assert_close(torch.tensor(in_reverse.means), torch.tensor(alone.means))
 
 
-def test_a_batch_without_targets_is_passed_by():
+def test_batch_without_targets_is_skipped():
     empty = {
         "input_ids": torch.zeros(1, 8, dtype=torch.long),
         "labels": torch.full((1, 8), IGNORED_LABEL),
@@ -204,7 +204,7 @@ def test_text_without_a_target_is_refused():
             evaluate(Sampler(perfect), *blocks)
 
 
-def test_result_needs_four_orders():
+def test_brier_lm_needs_four_orders():
     with pytest.raises(ValueError, match="4 orders"):
         _ = BrierResult((1.0, 1.0, 1.0), 1, 8).brier_lm
 
@@ -217,7 +217,7 @@ def test_batches_hold_the_first_blocks_in_order(num_blocks, expected):
     assert max(len(batch["input_ids"]) for batch in batches) <= 8
 
 
-def test_parts_of_a_document_in_two_batches_are_one_document():
+def test_document_in_two_batches_counts_as_one_document():
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(5, 8, (4, 12), generator=generator) for _ in range(2)]
     blocks = [block_of(*text.tolist()) for text in texts]
@@ -227,8 +227,10 @@ def test_parts_of_a_document_in_two_batches_are_one_document():
     def score(blocks):
         return evaluate(Sampler(lambda target, *_: torch.full_like(target, 5)), *blocks)
 
-    whole = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
-    assert score(blocks).errors == pytest.approx(score([whole]).errors)
-    apart = [block | {"document_ids": block["document_ids"] + 4 * i} for i, block in enumerate(blocks)]
-    assert score(apart).means == score(blocks).means
-    assert score(apart).errors != pytest.approx(score(blocks).errors)
+    one_batch = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+    assert score(blocks).errors == pytest.approx(score([one_batch]).errors)
+    as_other_documents = [
+        block | {"document_ids": block["document_ids"] + 4 * i} for i, block in enumerate(blocks)
+    ]
+    assert score(as_other_documents).means == score(blocks).means
+    assert score(as_other_documents).errors != pytest.approx(score(blocks).errors)

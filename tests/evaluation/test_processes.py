@@ -1,4 +1,4 @@
-"""Two processes score the same text as one, to the last digit."""
+"""Two processes that share a text give it the scores of a single process."""
 
 import pickle
 from pathlib import Path
@@ -15,11 +15,11 @@ from calm.evaluation.perplexity import evaluate_perplexity
 from calm.evaluation.processes import batches_of_process
 from calm.evaluation.scorers import scorer_of
 
-WORLD = 2
+WORLD_SIZE = 2
 
 
 def blocks():
-    """Batches of other sizes, an odd number of them."""
+    """An odd number of batches, not all of the same size."""
     generator = torch.Generator().manual_seed(0)
     for rows in (4, 4, 1):
         tokens = torch.randint(3, 40, (rows, 24), generator=generator)
@@ -40,14 +40,16 @@ def score():
     ]
 
 
-def work(rank, folder):
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
+def score_in_process(rank, folder):
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD_SIZE
+    )
     Path(folder, str(rank)).write_bytes(pickle.dumps(score()))
     distributed.destroy_process_group()
 
 
 def figures_of(result):
-    """All figures of a result by name, those of its documents too."""
+    """All figures of a result by name, including those of its documents."""
     figures = dict(vars(result))
     if "documents" in figures:
         figures |= vars(figures.pop("documents"))
@@ -56,14 +58,14 @@ def figures_of(result):
 
 def test_two_processes_score_as_one(tmp_path):
     *alone, all_batches = score()
-    multiprocessing.spawn(work, (str(tmp_path),), nprocs=WORLD)
+    multiprocessing.spawn(score_in_process, (str(tmp_path),), nprocs=WORLD_SIZE)
     shares = []
-    for rank in range(WORLD):
+    for rank in range(WORLD_SIZE):
         *together, share = pickle.loads((tmp_path / str(rank)).read_bytes())
         shares.append(share)
-        for one, other in zip(alone, together, strict=True):
-            ours, theirs = figures_of(one), figures_of(other)
-            assert ours.keys() == theirs.keys()
-            for name, figure in ours.items():
-                assert_close(figure, theirs[name], rtol=1e-12, atol=0, equal_nan=True)
+        for expected, actual in zip(alone, together, strict=True):
+            expected_figures, actual_figures = figures_of(expected), figures_of(actual)
+            assert expected_figures.keys() == actual_figures.keys()
+            for name, figure in expected_figures.items():
+                assert_close(figure, actual_figures[name], rtol=1e-12, atol=0, equal_nan=True)
     assert shares == [[0, 2], [1]] and all_batches == [0, 1, 2]

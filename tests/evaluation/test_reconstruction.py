@@ -1,4 +1,4 @@
-"""Reconstruction: shares that follow by construction, and padding that never counts."""
+"""Reconstruction scores: values known by construction, and padding that never counts."""
 
 import math
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ NO_NOISE = 1e-6
 
 
 class Stub:
-    """An autoencoder whose latent is the chunk itself; it gives `BAD` and padding back wrong."""
+    """An autoencoder whose latent is the chunk itself; it decodes `BAD` and padding wrongly."""
 
     def __init__(self, std=NO_NOISE, chunk_size=4):
         self.config, self.std, self.seen = SimpleNamespace(chunk_size=chunk_size), std, []
@@ -42,12 +42,12 @@ def evaluate(autoencoder, *blocks, seed=0):
     return evaluate_reconstruction(autoencoder, blocks, torch.Generator().manual_seed(seed))
 
 
-def test_all_right():
+def test_perfect_reconstruction():
     result = evaluate(Stub(), block_of([[1, 2, 3, 4, 5, 6, 8, 9]]))
     assert result == ReconstructionResult(1.0, 1.0, 1.0, pytest.approx(NO_NOISE))
 
 
-def test_known_shares():
+def test_known_accuracies():
     """3 of 16 tokens wrong, in 2 of 4 chunks."""
     result = evaluate(Stub(), block_of([[1, 2, 3, 4, BAD, 6, BAD, 9], [1, 1, 1, 1, 2, 2, 2, BAD]]))
     assert result.token_accuracy == pytest.approx(13 / 16)
@@ -69,12 +69,12 @@ def test_padding_does_not_count():
     assert stub.seen == [[0, 0, 0, 1], [2, BAD, 3, 0], [4, 5, 6, 8], [9, 0, 0, 0]]
 
 
-def test_the_padding_id_as_text_counts():
+def test_padding_id_counts_where_it_is_labeled_as_text():
     result = evaluate(Stub(), block_of([[1, 2, PAD, 3]]))
     assert (result.token_accuracy, result.chunk_accuracy) == (0.75, 0.0)
 
 
-def test_shares_are_of_all_tokens_not_means_of_batches():
+def test_accuracies_are_over_all_tokens_not_means_of_batches():
     few = block_of([[BAD, 0, 0, 0]], [[BAD, X, X, X]])
     many = block_of([[1, 2, 3, 4, 5, 6, 8, 9]])
     result = evaluate(Stub(), few, many)
@@ -82,21 +82,21 @@ def test_shares_are_of_all_tokens_not_means_of_batches():
     assert result.chunk_accuracy == pytest.approx(2 / 3)
 
 
-def test_noisy_accuracy_and_deviation():
+def test_noisy_accuracy_and_posterior_std():
     """A latent moved by more than one half is another token: P(|N(0, s)| < 1/2) = erf(1 / (2 s sqrt 2))."""
     std, num = 0.4, 40_000
     tokens = torch.randint(20, 90, (10, num // 10), generator=torch.Generator().manual_seed(0))
     result = evaluate(Stub(std), block_of(tokens.tolist()))
-    right = math.erf(0.5 / (std * math.sqrt(2)))
-    assert abs(result.token_accuracy_noisy - right) < 4 * (right * (1 - right) / num) ** 0.5
+    expected = math.erf(0.5 / (std * math.sqrt(2)))
+    assert abs(result.token_accuracy_noisy - expected) < 4 * (expected * (1 - expected) / num) ** 0.5
     assert (result.token_accuracy, result.chunk_accuracy) == (1.0, 1.0)
     assert result.posterior_std == pytest.approx(std)
 
 
-def test_deviation_is_the_mean_over_chunks_and_dimensions():
+def test_posterior_std_is_the_mean_over_chunks_and_dimensions():
     class Growing(Stub):
         def encode(self, tokens_PK):
-            return DiagonalGaussian(tokens_PK.float(), tokens_PK.float().log())  # The deviation is the token.
+            return DiagonalGaussian(tokens_PK.float(), tokens_PK.float().log())  # The std is the token id.
 
     result = evaluate(Growing(), block_of([[1, 2, 3, 4]]), block_of([[5, 5, 5, 5, 6, 6, 6, 6]]))
     assert result.posterior_std == pytest.approx((2.5 + 5 + 6) / 3)
@@ -118,8 +118,7 @@ def test_metrics_are_in_percent():
     }
 
 
-def test_an_autoencoder():
-    """A real one agrees with itself: labels that are its own reconstruction are all right."""
+def test_scores_of_an_autoencoder_against_its_own_reconstruction():
     torch.manual_seed(0)
     config = CalmAutoencoderConfig(
         vocab_size=30, chunk_size=4, latent_size=8, hidden_size=16, intermediate_size=16
@@ -129,14 +128,14 @@ def test_an_autoencoder():
     tokens = torch.randint(30, (3, 40))
     with torch.no_grad():
         posterior = autoencoder.encode(tokens.view(-1, 4))
-        given_back = autoencoder.decode_tokens(posterior.mean).view(3, 40)
-    assert not torch.equal(given_back, tokens)
-    block = {"input_ids": tokens, "labels": given_back}
+        reconstructed = autoencoder.decode_tokens(posterior.mean).view(3, 40)
+    assert not torch.equal(reconstructed, tokens)
+    block = {"input_ids": tokens, "labels": reconstructed}
     result = evaluate(autoencoder, block)
     assert (result.token_accuracy, result.chunk_accuracy) == (1.0, 1.0)
     assert 0 < result.token_accuracy_noisy < 1
     assert_close(result.posterior_std, float(posterior.std.mean()))
     assert evaluate(autoencoder, block) == result
     assert evaluate(autoencoder, block, seed=1).token_accuracy_noisy != result.token_accuracy_noisy
-    wrong = {"input_ids": tokens, "labels": (given_back + 1) % 30}
+    wrong = {"input_ids": tokens, "labels": (reconstructed + 1) % 30}
     assert evaluate(autoencoder, wrong).token_accuracy == 0

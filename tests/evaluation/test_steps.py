@@ -1,4 +1,4 @@
-"""Scoring in steps: branches see what they would see alone, and both estimators have one mean."""
+"""Scoring in steps: branches see only their own text, and both estimators have the same mean."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def llama(seed=0, vocab_size=VOCAB):
 
 
 def sequential(chunk_size, **changes):
-    """A CALM whose head has a likelihood, and distributions that are not flat."""
+    """A CALM whose head has a likelihood, with distributions that are not flat."""
     model = tiny_model(chunk_size, head_config={"head_type": "sequential"}, **changes)
     with torch.no_grad():
         model.head.scores.weight.normal_(std=0.3)
@@ -47,7 +47,7 @@ def gpt2():
 
 
 def blocks_of(num_documents=24, block_size=48, chunk_size=4, vocab=VOCAB, longest=24):
-    """Documents of several lengths in the layout of training: padding in front, some cut by an edge."""
+    """Documents of several lengths in the layout of training: padded in front, some cut by a block's edge."""
     generator = torch.Generator().manual_seed(5)
     lengths = torch.randint(3, longest, (num_documents,), generator=generator).tolist()
     documents = [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in lengths]
@@ -71,13 +71,13 @@ def texts_before(block, is_target_BC, chunk_size=4):
     for row, column in is_target_BC.nonzero().tolist():
         end = (column + 1) * chunk_size
         start = end - chunk_size * int(block["position_ids"][row, column + 1])
-        kept = block["labels"][row, start:end] >= 0
-        texts.append(block["input_ids"][row, start:end][kept].tolist())
+        is_text = block["labels"][row, start:end] >= 0
+        texts.append(block["input_ids"][row, start:end][is_text].tolist())
     return texts
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
-def test_branches_of_tokens_see_their_own_text_and_nothing_else(make):
+def test_branches_of_tokens_see_only_their_own_text(make):
     model, block = make(), blocks_of()
     targets = targets_in(block)
     text = read_text(TokensReader(model), block, targets.is_target_BC, 4)
@@ -85,19 +85,19 @@ def test_branches_of_tokens_see_their_own_text_and_nothing_else(make):
     with torch.no_grad():
         on_text = [text.outputs_on_text(step) for step in range(4)]
         on_path = [text.follow(path[:, step : step + 1]) for step in range(3)]
-        for place, before in enumerate(texts_before(block, targets.is_target_BC)):
-            alone = model(torch.tensor([before + path[place].tolist()])).logits[0]
+        for index, before in enumerate(texts_before(block, targets.is_target_BC)):
+            alone = model(torch.tensor([before + path[index].tolist()])).logits[0]
             for step in range(3):
-                assert_close(on_path[step][place], alone[len(before) + step], rtol=1e-4, atol=1e-4)
-            truth = targets.chunks_PK[place].tolist()
+                assert_close(on_path[step][index], alone[len(before) + step], rtol=1e-4, atol=1e-4)
+            truth = targets.chunks_PK[index].tolist()
             alone = model(torch.tensor([before + truth])).logits[0]
             length = truth.index(EOS) if EOS in truth else 3
             for step in range(length + 1):
-                assert_close(on_text[step][place], alone[len(before) + step - 1], rtol=1e-4, atol=1e-4)
+                assert_close(on_text[step][index], alone[len(before) + step - 1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("unit_size", [1, 2])
-def test_branches_of_short_chunks_see_their_own_text_and_nothing_else(unit_size):
+def test_branches_of_chunks_see_only_their_own_text(unit_size):
     model, block = tiny_model(unit_size), blocks_of(vocab=40)
     targets = targets_in(block)
     text = read_text(ChunkReader(model), block, targets.is_target_BC, 4)
@@ -106,31 +106,31 @@ def test_branches_of_short_chunks_see_their_own_text_and_nothing_else(unit_size)
     with torch.no_grad():
         on_text = text.outputs_on_text(0)
         on_path = [text.follow(path[:, s * unit_size : (s + 1) * unit_size]) for s in range(steps - 1)]
-        for place, before in enumerate(texts_before(block, targets.is_target_BC)):
-            front = [PAD] * (-len(before) % unit_size)
-            alone = model.hidden_states_of_chunks(torch.tensor([front + before + path[place].tolist()]))[0]
-            num_units = (len(front) + len(before)) // unit_size
-            assert_close(on_text[place], alone[num_units - 1], rtol=1e-4, atol=1e-4)
+        for index, before in enumerate(texts_before(block, targets.is_target_BC)):
+            padding = [PAD] * (-len(before) % unit_size)
+            alone = model.hidden_states_of_chunks(torch.tensor([padding + before + path[index].tolist()]))[0]
+            num_units = (len(padding) + len(before)) // unit_size
+            assert_close(on_text[index], alone[num_units - 1], rtol=1e-4, atol=1e-4)
             for step, states in enumerate(on_path):
-                assert_close(states[place], alone[num_units + step], rtol=1e-4, atol=1e-4)
+                assert_close(states[index], alone[num_units + step], rtol=1e-4, atol=1e-4)
 
 
 def distribution_of_tokens(model):
-    """Next-token distribution of a model of tokens after a text and some tokens more."""
+    """Next-token distribution of a token model after a text and the tokens of a window so far."""
     return lambda before, window: model(torch.tensor([before + window])).logits[0, -1].double().softmax(-1)
 
 
 def distribution_of_chunks(model, temperature):
-    """The same of a CALM whose head has a likelihood, from the loss of every token."""
+    """The same for a CALM whose head has a likelihood, from the loss of every token."""
     size, vocab = model.config.chunk_size, model.config.vocab_size
 
     def distribution(before, window):
-        whole = len(window) // size * size
-        text = [PAD] * (-len(before) % size) + before + window[:whole]
+        num_complete = len(window) // size * size
+        text = [PAD] * (-len(before) % size) + before + window[:num_complete]
         state = model.hidden_states_of_chunks(torch.tensor([text]))[:, -1]
-        begun = window[whole:]
-        chunks = torch.tensor([[*begun, v, *[PAD] * (size - len(begun) - 1)] for v in range(vocab)])
-        losses = model.head.token_losses(state.expand(vocab, -1), chunks)[:, len(begun)]
+        partial = window[num_complete:]
+        chunks = torch.tensor([[*partial, v, *[PAD] * (size - len(partial) - 1)] for v in range(vocab)])
+        losses = model.head.token_losses(state.expand(vocab, -1), chunks)[:, len(partial)]
         return (-losses.double() / temperature).softmax(-1)
 
     return distribution
@@ -146,12 +146,12 @@ def literal_means(distribution_of, block, targets):
         row = []
         for order in range(1, 5):
             longer = {}
-            for window, chance in distributions.items():
+            for window, probability in distributions.items():
                 if EOS in window:
-                    longer[(*window, PAD)] = longer.get((*window, PAD), 0.0) + chance
+                    longer[(*window, PAD)] = longer.get((*window, PAD), 0.0) + probability
                     continue
                 for token, p in enumerate(distribution_of(before, list(window)).tolist()):
-                    longer[(*window, token)] = chance * p
+                    longer[(*window, token)] = probability * p
             distributions = longer
             row.append(
                 2 * distributions.get(tuple(truth[:order]), 0.0) - sum(p * p for p in distributions.values())
@@ -162,7 +162,7 @@ def literal_means(distribution_of, block, targets):
 
 @torch.no_grad()
 @pytest.mark.parametrize("estimator", ["best", "draws"])
-def test_both_estimators_have_the_mean_of_an_enumeration(estimator):
+def test_mean_of_both_estimators_is_that_of_an_enumeration(estimator):
     model = llama(vocab_size=5)
     block = blocks_of(num_documents=4, block_size=16, vocab=5, longest=8)
     targets = targets_in(block)
@@ -177,7 +177,7 @@ def test_both_estimators_have_the_mean_of_an_enumeration(estimator):
     means = torch.stack(repeats)
     error = means.std(0) / len(repeats) ** 0.5
     if estimator == "best":
-        # Order 1 takes no draw at all.
+        # Order 1 takes no draws, so every repeat is exact.
         assert_close(means[:, 0], exact[0].expand(300).double(), rtol=1e-5, atol=1e-5)
         assert error[1:].max() < 0.004
     assert ((means.mean(0) - exact)[1:].abs() < 3.5 * error[1:]).all()
@@ -186,7 +186,7 @@ def test_both_estimators_have_the_mean_of_an_enumeration(estimator):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("unit_size", "temperature"), [(2, 1.0), (4, 1.0), (4, 0.5)])
-def test_probabilities_of_chunks_have_the_mean_of_an_enumeration(unit_size, temperature):
+def test_mean_of_chunk_probabilities_is_that_of_an_enumeration(unit_size, temperature):
     model = sequential(unit_size, vocab_size=5)
     block = blocks_of(num_documents=4, block_size=16, vocab=5, longest=8)
     targets = targets_in(block)
@@ -204,13 +204,13 @@ def test_probabilities_of_chunks_have_the_mean_of_an_enumeration(unit_size, temp
     assert scorer.reader.mean_draws == 1
 
 
-def test_whether_a_calm_is_scored_by_its_probabilities():
+def test_calm_is_scored_by_probabilities_if_it_has_them():
     model = sequential(4)
     pool = sampler_from(temperature=0.5, sampler="pool")
     head = sampler_from(temperature=0.5, sampler="head")
     assert isinstance(scorer_of(model), ProbabilityScorer)
     assert isinstance(scorer_of(model, sampler=head), ProbabilityScorer)
-    # Of whole chunks at a temperature nothing but draws is known; nor where tokens are chosen greedily.
+    # Greedy decoding, samplers of whole chunks and most heads have no probabilities to score.
     blocks = [blocks_of(num_documents=4, block_size=64, vocab=40)]
     for temperature in (0.0, 0.005):
         greedy = sampler_from(temperature=temperature, sampler="head")
@@ -224,7 +224,7 @@ def test_whether_a_calm_is_scored_by_its_probabilities():
 
 
 @pytest.mark.parametrize("unit_size", [2, 4])
-def test_probabilities_of_chunks_have_less_variance_and_agree_with_draws(unit_size):
+def test_chunk_probabilities_agree_with_draws_and_have_less_variance(unit_size):
     model, blocks = sequential(unit_size), [blocks_of(num_documents=200, block_size=96, vocab=40)]
     settings = {"eos_token_id": EOS, "pad_token_id": PAD, "seed": 0}
     best, drawn = (evaluate_brier(scorer_of(model, e), blocks, **settings) for e in ("best", "draws"))
@@ -235,7 +235,7 @@ def test_probabilities_of_chunks_have_less_variance_and_agree_with_draws(unit_si
         assert best.errors[order] < drawn.errors[order]
 
 
-def test_probabilities_have_less_variance_and_agree_with_draws():
+def test_token_probabilities_agree_with_draws_and_have_less_variance():
     model = llama()
     blocks = [blocks_of(num_documents=200, block_size=96)]
     settings = {"eos_token_id": EOS, "pad_token_id": PAD, "seed": 0}
@@ -247,8 +247,8 @@ def test_probabilities_have_less_variance_and_agree_with_draws():
         assert error_a < error_b
 
 
-def test_one_step_of_a_whole_chunk_scores_like_draws_of_it():
-    """A CALM with K = 4 by steps (one step of four tokens) against its draws, taken by hand."""
+def test_single_step_window_is_scored_like_draws_of_whole_chunks():
+    """A CALM with K = 4 fills the window of four tokens in one step."""
     model, block = tiny_model(4), blocks_of(vocab=40)
 
     class Draws:
@@ -261,8 +261,8 @@ def test_one_step_of_a_whole_chunk_scores_like_draws_of_it():
     settings = {"eos_token_id": EOS, "pad_token_id": PAD, "seed": 3, "num_draws": 4}
     stepwise = DrawScorer(ChunkReader(model))
     assert stepwise.chunk_size == 4
-    one, other = (evaluate_brier(s, [block], **settings) for s in (stepwise, FromDraws(Draws())))
-    assert one.means == pytest.approx(other.means, abs=1e-6)
+    in_steps, from_draws = (evaluate_brier(s, [block], **settings) for s in (stepwise, FromDraws(Draws())))
+    assert in_steps.means == pytest.approx(from_draws.means, abs=1e-6)
 
 
 @pytest.mark.parametrize(("unit_size", "window"), [(1, 4), (2, 4), (3, 6), (4, 4), (8, 8)])
@@ -270,7 +270,7 @@ def test_windows_hold_whole_chunks_and_at_least_four_tokens(unit_size, window):
     assert scorer_of(tiny_model(unit_size)).chunk_size == window
 
 
-def test_perplexity_is_that_of_the_documents_alone():
+def test_token_perplexity_is_that_of_each_document_alone():
     model, block = llama(), blocks_of()
     targets = targets_in(block)
     total, count = 0.0, 0
@@ -288,8 +288,8 @@ def test_perplexity_is_that_of_the_documents_alone():
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_perplexity_of_a_head_that_has_a_likelihood(size):
-    """Chunk by chunk, after the document's own chunks alone."""
+def test_chunk_perplexity_is_that_of_each_document_alone(size):
+    """For a head that has a likelihood, chunk by chunk."""
     window = max(size, 4)
     model = tiny_model(size, head_config={"head_type": "sequential"})
     model.head.scores.weight.data.normal_(std=0.3)
@@ -297,15 +297,15 @@ def test_perplexity_of_a_head_that_has_a_likelihood(size):
     targets = targets_in(block, window)
     assert (targets.chunks_PK == PAD).any() and (targets.chunks_PK == EOS).any()
     total, count = 0.0, 0
-    places = zip(targets.is_target_BC.nonzero().tolist(), targets.chunks_PK.tolist(), strict=True)
-    for (row, column), truth in places:
+    indices = targets.is_target_BC.nonzero().tolist()
+    for (row, column), truth in zip(indices, targets.chunks_PK.tolist(), strict=True):
         first = column - int(block["position_ids"][row, column])
         before = block["input_ids"][row, first * window : (column + 1) * window].tolist()
         for start in range(0, window, size):
-            # A chunk of nothing but padding at the start of a document is not read.
-            read = before + truth[:start]
-            lead = next(i for i, token in enumerate(read) if token != PAD) // size * size
-            state = model.hidden_states_of_chunks(torch.tensor([read[lead:]]))[:, -1]
+            # A chunk of only padding at the start of a document is not read.
+            context = before + truth[:start]
+            skipped = next(i for i, token in enumerate(context) if token != PAD) // size * size
+            state = model.hidden_states_of_chunks(torch.tensor([context[skipped:]]))[:, -1]
             losses = model.head.token_losses(state, torch.tensor([truth[start : start + size]]))[0]
             for token, loss in zip(truth[start : start + size], losses.tolist(), strict=True):
                 if token != PAD:
@@ -315,7 +315,7 @@ def test_perplexity_of_a_head_that_has_a_likelihood(size):
     assert result.cross_entropy == pytest.approx(total / count, rel=1e-4)
 
 
-def test_the_ceiling_of_a_perfect_autoencoder_is_100():
+def test_ceiling_of_a_perfect_autoencoder_is_100():
     model, block = tiny_model(2), blocks_of(vocab=40)
 
     class Perfect:
@@ -340,22 +340,22 @@ def test_the_ceiling_of_a_perfect_autoencoder_is_100():
 
 @torch.no_grad()
 @pytest.mark.parametrize("estimator", ["best", "draws"])
-def test_low_temperature_of_a_model_of_tokens(estimator):
+def test_low_temperature_scales_the_logits_of_a_token_model(estimator):
     """Scores are those of the model whose last layer is divided by T."""
     model, block = llama(), blocks_of(num_documents=60, block_size=96)
     settings = {"eos_token_id": EOS, "pad_token_id": PAD, "seed": 0, "num_draws": 3}
     cold = evaluate_brier(scorer_of(model, estimator, temperature=0.4), [block], **settings)
     warm = evaluate_brier(scorer_of(model, estimator), [block], **settings)
     model.lm_head.weight /= 0.4
-    same = evaluate_brier(scorer_of(model, estimator), [block], **settings)
-    assert cold.means == pytest.approx(same.means, abs=1e-5)
+    expected = evaluate_brier(scorer_of(model, estimator), [block], **settings)
+    assert cold.means == pytest.approx(expected.means, abs=1e-5)
     assert min(c - w for c, w in zip(cold.collisions, warm.collisions, strict=True)) > 0
     for mean, hit, collision in zip(cold.means, cold.hits, cold.collisions, strict=True):
         assert mean == pytest.approx(2 * hit - collision, abs=1e-6)
 
 
 @pytest.mark.parametrize("unit_size", [2, 4])
-def test_low_temperature_of_a_calm_agrees_more_and_counts_draws(unit_size):
+def test_calm_at_low_temperature_has_more_collisions_and_counts_draws(unit_size):
     scorers = {t: scorer_of(tiny_model(unit_size), temperature=t) for t in (1.0, 0.5)}
     settings = {"eos_token_id": EOS, "pad_token_id": PAD, "seed": 0}
     results = {t: evaluate_brier(s, [blocks_of(vocab=40)], **settings) for t, s in scorers.items()}

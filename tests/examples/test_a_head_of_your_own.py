@@ -1,4 +1,4 @@
-"""The head of examples/a_head_of_your_own.py: what it learns, and that all of calm works with it."""
+"""The head of examples/a_head_of_your_own.py: its loss, and that all of calm works with it."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ FIELDS = {"head_type": "mean_flow", "num_blocks": 1, "frequency_size": 16}
 
 @pytest.fixture
 def example(monkeypatch):
-    """The file as a module, whose head is known in this test only."""
+    """The example as a module; its head is registered during this test only."""
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.delitem(sys.modules, "a_head_of_your_own", raising=False)
@@ -44,7 +44,7 @@ def loss(head, states, posterior_PZ, noise):
     return head.loss(states, Target(posterior_PZ, torch.zeros(3, 4).long()), noise)
 
 
-def test_it_learns_the_plain_velocity_where_times_are_equal(example, model):
+def test_where_times_are_equal_the_loss_is_flow_matching(example, model):
     head, target = model.head, posterior()
     states, time = torch.randn(3, 32), torch.rand(4, 3)
     noise = example.MeanFlowNoise(torch.randn(4, 3, 8), torch.randn(4, 3, 8), time, time)
@@ -56,7 +56,7 @@ def test_it_learns_the_plain_velocity_where_times_are_equal(example, model):
     assert_close(loss(head, states, target, noise), expected)
 
 
-def test_it_takes_the_derivative_along_the_path(example, model):
+def test_the_loss_has_the_derivative_along_the_path(example, model):
     """Against a difference quotient."""
     head, target = model.head.double(), posterior(torch.float64)
     states, time = torch.randn(3, 32).double(), 0.8 * torch.rand(4, 3).double()
@@ -74,7 +74,7 @@ def test_it_takes_the_derivative_along_the_path(example, model):
     assert_close(loss(head, states, target, noise), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_average_velocity_fulfils_its_identity(example):
+def test_the_average_velocity_satisfies_its_identity(example):
     """For the field v(x, t) = x the average over [t, s] is x (e^(s-t) - 1) / (s - t)."""
     x, time = torch.tensor([[[0.7, -1.2]]], dtype=torch.float64), torch.tensor([[0.3]], dtype=torch.float64)
     end = torch.tensor([[0.8]], dtype=torch.float64)
@@ -97,7 +97,7 @@ def test_every_parameter_is_trained_and_flops_are_counted(example, model):
         tiny_config(head_config=FIELDS | {"instant_fraction": 1.5})
 
 
-def test_it_is_trained_scored_and_written_with_from_the_command_line(example, tmp_path, monkeypatch, capsys):
+def test_train_evaluate_and_generate_from_the_command_line(example, tmp_path, monkeypatch, capsys):
     write_stories(tmp_path / "text.jsonl", 0, 40)
     (tmp_path / "toy.yaml").write_text(TOY)
 
@@ -110,7 +110,7 @@ def test_it_is_trained_scored_and_written_with_from_the_command_line(example, tm
     command("train", "--recipe", tmp_path / "toy.yaml", "--data.sources", tmp_path / "text.jsonl",
             "--output", run, "--language_model.head", json.dumps(FIELDS))  # fmt: skip
     assert json.loads((run / "model/config.json").read_text())["head_config"]["head_type"] == "mean_flow"
-    scored = command("evaluate", run / "model", run / "data", "--context", 64, "--max_blocks", 4)
-    assert "BrierLM" in scored
-    written = command("generate", run / "model", "Once", "--max_new_tokens", 4, "--head", '{"num_steps": 2}')
-    assert written.startswith("Once")
+    scores = command("evaluate", run / "model", run / "data", "--context", 64, "--max_blocks", 4)
+    assert "BrierLM" in scores
+    text = command("generate", run / "model", "Once", "--max_new_tokens", 4, "--head", '{"num_steps": 2}')
+    assert text.startswith("Once")

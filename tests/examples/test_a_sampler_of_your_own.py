@@ -1,4 +1,4 @@
-"""The sampler of examples/a_sampler_of_your_own.py: its distribution, and that all who write take it."""
+"""The sampler of examples/a_sampler_of_your_own.py: its distribution, and that all of calm works with it."""
 
 import importlib.util
 import itertools
@@ -18,7 +18,7 @@ FILE = Path(__file__).parents[2] / "examples/a_sampler_of_your_own.py"
 
 @pytest.fixture
 def example(monkeypatch):
-    """The file as a module, whose sampler is known in this test only."""
+    """The example as a module; its sampler is registered during this test only."""
     monkeypatch.setattr(sampler_registry, "_SAMPLERS", dict(sampler_registry._SAMPLERS))
     spec = importlib.util.spec_from_file_location("a_sampler_of_your_own", FILE)
     module = importlib.util.module_from_spec(spec)
@@ -27,26 +27,27 @@ def example(monkeypatch):
     return module
 
 
-def test_it_has_the_distribution_of_an_enumeration(example):
+def test_the_distribution_matches_an_enumeration_of_draws(example):
     p, draws, rows = [0.6, 0.3, 0.1], 4, 40_000
-    wanted = torch.zeros(3, dtype=torch.float64)
-    for drawn in itertools.product(range(3), repeat=draws):  # Three chunks: four draws always repeat one.
-        repeated = next(chunk for place, chunk in enumerate(drawn) if chunk in drawn[:place])
-        wanted[repeated] += torch.tensor([p[chunk] for chunk in drawn]).double().prod()
+    expected = torch.zeros(3, dtype=torch.float64)
+    for drawn in itertools.product(range(3), repeat=draws):  # Of three chunks, four draws always repeat one.
+        repeated = next(chunk for index, chunk in enumerate(drawn) if chunk in drawn[:index])
+        expected[repeated] += torch.tensor([p[chunk] for chunk in drawn]).double().prod()
     generator = torch.Generator().manual_seed(0)
 
     def draw(num_draws, rows_R):
         number = num_draws * len(rows_R)
         return torch.multinomial(torch.tensor(p), number, True, generator=generator).view(num_draws, -1, 1)
 
-    found = example.RepeatSampler(max_draws=draws).sample(draw, rows)
-    shares = torch.bincount(found.chunks_RK.flatten(), minlength=3) / rows
-    assert ((shares - wanted).abs() < 4 * (wanted * (1 - wanted) / rows).sqrt()).all()
-    assert found.num_needed_R.min() >= 2 and found.num_needed_R.max() <= 4
-    assert not found.fell_back_R.any()
+    result = example.RepeatSampler(max_draws=draws).sample(draw, rows)
+    shares = torch.bincount(result.chunks_RK.flatten(), minlength=3) / rows
+    standard_errors = (expected * (1 - expected) / rows).sqrt()
+    assert ((shares - expected).abs() < 4 * standard_errors).all()
+    assert result.num_needed_R.min() >= 2 and result.num_needed_R.max() <= 4
+    assert not result.fell_back_R.any()
 
 
-def test_generate_and_batches_take_it_as_an_object_and_by_name(example):
+def test_generate_and_batches_accept_it_as_an_object_and_by_name(example):
     model, sampler = tiny_model(), example.RepeatSampler(max_draws=9)
     assert sampler_from(sampler="repeat", temperature=1.0, max_draws=9) == sampler
     prompt = torch.tensor([[5, 6, 7]])
@@ -55,19 +56,19 @@ def test_generate_and_batches_take_it_as_an_object_and_by_name(example):
     assert torch.equal(written, by_name)
     batch = ChunkBatch(model)
     batch.join([5, 6, 7], sampler, 8, seed=1)
-    tokens = [token for _ in range(2) for one in batch.step() for token in one.tokens]
+    tokens = [token for _ in range(2) for chunk in batch.step() for token in chunk.tokens]
     assert tokens == written[0, 3 : 3 + len(tokens)].tolist() and len(tokens) >= 1
     with pytest.raises(ValueError, match=r"has no temperature, got 0.5; pass 1"):
         model.generate(prompt, sampler="repeat", temperature=0.5)
 
 
-def test_the_command_line_knows_it(example, monkeypatch, capsys):
+def test_the_command_line_accepts_its_name(example, monkeypatch, capsys):
     command = ["x", "generate", "stories", "Once", "--sampler", "repeat", "--temperature", "1", "--seed", "1"]
     monkeypatch.setattr(sys, "argv", [*command, "--max_new_tokens", "8", "--max_draws", "20"])
     example.main()
     assert capsys.readouterr().out.startswith("Once")
 
 
-def test_an_unknown_name_is_told():
+def test_unregistered_it_is_an_unknown_sampler():
     with pytest.raises(ValueError, match="sampler must be one of exact, pool, head; got 'repeat'"):
         sampler_from(sampler="repeat")

@@ -1,4 +1,4 @@
-"""Losses, gradients, texts and scores are those that were recorded before the house was rebuilt."""
+"""Losses, gradients, texts and scores are those that were recorded in golden.json."""
 
 import json
 import math
@@ -22,23 +22,23 @@ def test_values_are_those_that_were_recorded(values, name):
     assert list(far_apart(RECORDED[name], values[name])) == []
 
 
-def far_apart(before: Any, after: Any, place: str = ""):
-    """Places where numbers differ by more than rounding, or anything else at all."""
+def far_apart(before: Any, after: Any, path: str = ""):
+    """Where numbers differ by more than rounding, or anything else differs at all."""
     if isinstance(before, dict):
-        assert before.keys() == after.keys(), place
+        assert before.keys() == after.keys(), path
         for key in before.keys() - {"bits of files"}:
-            yield from far_apart(before[key], after[key], f"{place} / {key}")
+            yield from far_apart(before[key], after[key], f"{path} / {key}")
     elif isinstance(before, list):
-        assert len(before) == len(after), place
-        for number, (one, other) in enumerate(zip(before, after, strict=True)):
-            yield from far_apart(one, other, f"{place} / {number}")
+        assert len(before) == len(after), path
+        for number, (old, new) in enumerate(zip(before, after, strict=True)):
+            yield from far_apart(old, new, f"{path} / {number}")
     elif isinstance(before, float) and isinstance(after, float):
         if not math.isclose(before, after, rel_tol=1e-3, abs_tol=1e-5):
-            yield f"{place}: {before} became {after}"
+            yield f"{path}: {before} became {after}"
     elif before != after:
-        yield f"{place}: {before} became {after}"
+        yield f"{path}: {before} became {after}"
 
 
-def test_another_value_is_noticed():
+def test_changed_values_are_found():
     before, after = {"loss": 1.0, "texts": [[1, 2], [3, 4]]}, {"loss": 1.01, "texts": [[1, 2], [3, 5]]}
     assert sorted(far_apart(before, after)) == [" / loss: 1.0 became 1.01", " / texts / 1 / 1: 4 became 5"]

@@ -1,4 +1,4 @@
-"""Values that a change of structure must not move: losses, gradients, texts, scores, a trained run.
+"""Values that refactoring must not change: losses, gradients, texts, scores, a trained run.
 
     python tests/golden/values.py OUTPUT.json      # on this machine, to the bit
     python tests/golden/values.py OUTPUT.json BEFORE.json
@@ -59,18 +59,18 @@ def values_of_head(fields: dict[str, Any], **changes: Any) -> dict[str, Any]:
         if weight.grad is not None
     }
     model.eval()
-    found: dict[str, Any] = {"loss": float(loss.detach()), "gradients": gradients}
+    values: dict[str, Any] = {"loss": float(loss.detach()), "gradients": gradients}
     hidden_PD = model.hidden_states_of_chunks(IDS)[:, 1]
     draws_NPK = model.draw_chunks(hidden_PD, 3, torch.Generator().manual_seed(2))
-    found["draws"] = draws_NPK.tolist()
+    values["draws"] = draws_NPK.tolist()
     for name, settings in _samplings(fields["head_type"]):
         output = model.generate(
             PROMPTS, attention_mask=MASK, max_new_tokens=14, seed=4, return_dict_in_generate=True, **settings
         )
-        found[name] = output.sequences.tolist()
-        found[f"{name}, draws"] = output.num_draws.tolist()
-        found[f"{name}, agreement"] = output.agreement.tolist()
-    return found
+        values[name] = output.sequences.tolist()
+        values[f"{name}, draws"] = output.num_draws.tolist()
+        values[f"{name}, agreement"] = output.agreement.tolist()
+    return values
 
 
 def _samplings(head_type: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -88,16 +88,18 @@ def _samplings(head_type: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def values_of_run(folder: Path, **changes: Any) -> dict[str, Any]:
-    """What is logged of a trained run, and the bytes of its model folder."""
+    """The history of a training run, the norms of its weights, and hashes of its model folder."""
     text = folder / "stories.jsonl"
     text.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories(0, 12)))
     model_folder = train(toy_recipe(text, **changes), folder / "run")
     history = json.loads((folder / "run/history.json").read_text())
     weights = load_file(model_folder / "model.safetensors")
-    kept = ("loss", "eval_", "grad_norm", "learning_rate", "step")
+    prefixes = ("loss", "eval_", "grad_norm", "learning_rate", "step")
     return {
         "history": {
-            stage: [{key: value for key, value in entry.items() if key.startswith(kept)} for entry in entries]
+            stage: [
+                {key: value for key, value in entry.items() if key.startswith(prefixes)} for entry in entries
+            ]
             for stage, entries in history.items()
         },
         "weights": {name: float(weight.double().norm()) for name, weight in weights.items()},
@@ -136,7 +138,7 @@ def _scores(model: Any) -> dict[str, Any]:
 
 
 class _Blocks:
-    """Two blocks of text, in the form of a data set."""
+    """Two blocks of text, with the interface of a dataset."""
 
     def __init__(self) -> None:
         tokens = torch.randint(3, 40, (2, 16), generator=torch.Generator().manual_seed(8))
@@ -149,33 +151,33 @@ class _Blocks:
     def __len__(self) -> int:
         return 2
 
-    def __getitem__(self, which: Any) -> dict[str, torch.Tensor]:
-        return {name: column[which] for name, column in self._columns.items()}
+    def __getitem__(self, index: Any) -> dict[str, torch.Tensor]:
+        return {name: column[index] for name, column in self._columns.items()}
 
 
 def all_values(folder: Path) -> dict[str, Any]:
-    """Everything, by what it is of."""
+    """All values, by what they were computed from."""
     torch.set_num_threads(1)
-    found = {name: values_of_head(fields) for name, fields in HEADS.items()}
-    found["latents read"] = values_of_head(HEADS["energy"], backbone_input="latents")
-    found["chunks of two"] = values_of_head(HEADS["flow"], chunk_size=2)
+    values = {name: values_of_head(fields) for name, fields in HEADS.items()}
+    values["latents read"] = values_of_head(HEADS["energy"], backbone_input="latents")
+    values["chunks of two"] = values_of_head(HEADS["flow"], chunk_size=2)
     for name in HEADS:
         torch.manual_seed(0)
-        found[f"scores, {name}"] = _scores(tiny_model(head_config=HEADS[name]))
-    found["scores, tokens"] = values_of_tokens()
+        values[f"scores, {name}"] = _scores(tiny_model(head_config=HEADS[name]))
+    values["scores, tokens"] = values_of_tokens()
     for name, changes in (("run", {}), ("baseline", {"model": "autoregressive", "chunk_size": 1})):
         (folder / name).mkdir()
-        found[name] = values_of_run(folder / name, **changes)
-    return found
+        values[name] = values_of_run(folder / name, **changes)
+    return values
 
 
-def differences(before: Any, after: Any, place: str = "") -> Iterator[str]:
-    """Places where two sets of values are not the same to the bit."""
+def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
+    """Where two sets of values are not the same to the bit."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in sorted(before.keys() | after.keys()):
-            yield from differences(before.get(key), after.get(key), f"{place} / {key}")
+            yield from differences(before.get(key), after.get(key), f"{path} / {key}")
     elif before != after:
-        yield f"{place}: {before} became {after}"
+        yield f"{path}: {before} became {after}"
 
 
 if __name__ == "__main__":

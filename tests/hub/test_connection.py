@@ -1,4 +1,4 @@
-"""The hub where it does not answer: one brief question, and then what is in the cache."""
+"""A hub that does not answer: one brief request, then only the cache is used."""
 
 import threading
 from types import SimpleNamespace
@@ -16,23 +16,23 @@ from calm.models.loading import load_language_model_and_tokenizer, load_model
 
 
 @pytest.fixture
-def online(monkeypatch):
-    """As without HF_HUB_OFFLINE. A test says how the hub answers; there is no network."""
+def fake_hub(monkeypatch):
+    """Sets how a hub without a network answers; returns the list of requests. HF_HUB_OFFLINE is off."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "_remembered", {})
     monkeypatch.delenv("HF_HUB_ETAG_TIMEOUT", raising=False)
-    asked = []
+    requests = []
 
-    def answers(answer):
+    def answer_with(answer):
         def head(address, **settings):
-            asked.append(address)
+            requests.append(address)
             return answer()
 
         monkeypatch.setattr(hub, "get_session", lambda: SimpleNamespace(head=head))
-        return asked
+        return requests
 
-    return answers
+    return answer_with
 
 
 def refuse():
@@ -40,46 +40,46 @@ def refuse():
 
 
 @pytest.mark.parametrize("status", [200, 302, 401, 404])
-def test_any_answer_is_an_answer(online, status):
-    online(lambda: SimpleNamespace(status_code=status))
+def test_any_answer_but_a_gateway_error_means_reachable(fake_hub, status):
+    fake_hub(lambda: SimpleNamespace(status_code=status))
     assert hub.why_unreachable() is None
     with hub.hub_or_cache():
         assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
 
 
-def test_why_it_cannot_be_reached(online, monkeypatch):
+def test_reason_for_an_unreachable_hub_is_remembered(fake_hub, monkeypatch):
     host = constants.ENDPOINT.removeprefix("https://")
-    asked = online(refuse)
+    requests = fake_hub(refuse)
     assert hub.why_unreachable() == f"{host} cannot be reached: no route"
-    assert hub.why_unreachable() is not None and asked == [constants.ENDPOINT], "it is remembered"
+    assert hub.why_unreachable() is not None and requests == [constants.ENDPOINT], "it is remembered"
     monkeypatch.setattr(hub, "_remembered", {})
-    online(lambda: SimpleNamespace(status_code=503))
+    fake_hub(lambda: SimpleNamespace(status_code=503))
     assert hub.why_unreachable() == f"{host} cannot be reached: status 503"
 
 
-def test_a_silent_network_is_not_waited_for(online, monkeypatch):
+def test_silent_network_times_out(fake_hub, monkeypatch):
     released = threading.Event()
-    online(lambda: released.wait(60) and refuse())
+    fake_hub(lambda: released.wait(60) and refuse())
     monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "0.05")
     assert "did not answer within 0.05 s; set HF_HUB_ETAG_TIMEOUT" in hub.why_unreachable()
     released.set()
 
 
-def test_a_mirror_is_asked_by_the_hubs_own_client(monkeypatch):
+def test_mirror_is_asked_with_the_hubs_own_client(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(hub, "_remembered", {})
     assert hub.why_unreachable().startswith("127.0.0.1:9 cannot be reached: ")
 
 
-def test_who_works_offline_is_not_asked_for(online, monkeypatch):
-    asked = online(refuse)
+def test_offline_mode_sends_no_request(fake_hub, monkeypatch):
+    requests = fake_hub(refuse)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert hub.why_unreachable() is None and not asked
+    assert hub.why_unreachable() is None and not requests
 
 
-def test_without_a_hub_libraries_read_their_caches(online):
-    online(refuse)
+def test_libraries_read_their_caches_if_the_hub_is_unreachable(fake_hub):
+    fake_hub(refuse)
     with hub.hub_or_cache():
         assert constants.HF_HUB_OFFLINE and datasets.config.HF_HUB_OFFLINE
     with pytest.raises(ConnectionError, match="cannot be reached: no route"), hub.hub_or_cache():
@@ -89,39 +89,39 @@ def test_without_a_hub_libraries_read_their_caches(online):
     assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
 
 
-def test_a_model_in_the_cache_is_loaded_without_a_hub(online, tmp_path):
-    online(refuse)
+def test_cached_model_loads_without_a_hub(fake_hub, tmp_path):
+    fake_hub(refuse)
     model = tiny_model()
-    place = tmp_path / "models--me--small"
-    model.save_pretrained(place / "snapshots/abc")
-    (place / "refs").mkdir()
-    (place / "refs/main").write_text("abc")
+    cached = tmp_path / "models--me--small"
+    model.save_pretrained(cached / "snapshots/abc")
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("abc")
     loaded = load_model("me/small", cache_dir=str(tmp_path))
     assert loaded.state_dict().keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize("load", [load_language_model_and_tokenizer, load_tokenizer, load_hub_dataset])
-def test_everything_that_the_hub_has_fails_alike(online, load):
-    asked = online(refuse)
+def test_all_loaders_report_an_unreachable_hub_alike(fake_hub, load):
+    requests = fake_hub(refuse)
     with pytest.raises(InputError, match=r"nobody/nothing.*cannot be reached: no route\)"):
         load("nobody/nothing")
-    assert len(asked) == 1
+    assert len(requests) == 1
 
 
 @pytest.mark.parametrize("load", [load_language_model_and_tokenizer, load_tokenizer, load_hub_dataset])
-def test_what_looks_like_a_path_is_not_asked_for(online, load, tmp_path, monkeypatch):
-    asked = online(refuse)
+def test_names_that_look_like_paths_send_no_request(fake_hub, load, tmp_path, monkeypatch):
+    requests = fake_hub(refuse)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for name in ("./small", "../me/small", "~/small", "/me/small", "me/small/model", "runs/small", "a b"):
         with pytest.raises(InputError, match=r"there is no .*folder"):
             load(name)
-    assert not asked
+    assert not requests
 
 
 @pytest.mark.parametrize(
-    ("name", "is_one"),
+    ("name", "is_valid"),
     [("gpt2", True), ("me/small", True), ("me/", False), ("", False), ("a:b", False), ("m" * 300, False)],
 )
-def test_names_on_the_hub(name, is_one):
-    assert hub.is_hub_name(name) == is_one
+def test_valid_names_on_the_hub(name, is_valid):
+    assert hub.is_hub_name(name) == is_valid

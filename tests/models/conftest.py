@@ -1,4 +1,4 @@
-"""What several tests of models need."""
+"""Fixtures shared by tests of models."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 @pytest.fixture
 def norms_in_double_precision(monkeypatch):
-    """transformers rounds to single precision there, whatever the weights are."""
+    """Llama's RMS norm without transformers' rounding to single precision."""
 
     def forward(self, hidden_states):
         mean_square = hidden_states.pow(2).mean(-1, keepdim=True)

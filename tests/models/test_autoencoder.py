@@ -29,20 +29,20 @@ def test_chunks_do_not_see_each_other(autoencoder):
     assert (autoencoder.encode(tokens).mean[0] == autoencoder.encode(changed).mean[0]).all()
 
 
-def test_decode_in_blocks_is_the_same(autoencoder):
+def test_decoding_in_blocks_gives_the_same_tokens(autoencoder):
     latents = torch.randn(700, 3, 8)  # More than are decoded at once.
-    whole = autoencoder.decode(latents).argmax(-1)
-    assert (autoencoder.decode_tokens(latents) == whole).all()
-    assert autoencoder.decode_tokens(latents[:0]).shape == whole[:0].shape
+    expected = autoencoder.decode(latents).argmax(-1)
+    assert (autoencoder.decode_tokens(latents) == expected).all()
+    assert autoencoder.decode_tokens(latents[:0]).shape == expected[:0].shape
 
 
-def test_tokens_at_some_places_are_the_same(autoencoder):
+def test_reading_part_of_a_chunk_gives_the_same_tokens(autoencoder):
     latents, size = torch.randn(5000, 8), autoencoder.config.chunk_size
-    whole = autoencoder.decode_tokens(latents)
+    expected = autoencoder.decode_tokens(latents)
     states = autoencoder.chunk_states(latents)
     for first, last in ((0, 1), (size - 1, size), (0, size), (1, size)):
         if first < last:
-            assert (autoencoder.read_tokens(states, first, last) == whole[:, first:last]).all()
+            assert (autoencoder.read_tokens(states, first, last) == expected[:, first:last]).all()
 
 
 def test_vocabulary_projection_is_tied(autoencoder):
@@ -68,7 +68,7 @@ def test_padding_carries_no_loss():
     tokens = torch.tensor([[5, 6, 7, 0, 0, 0]])
     labels = torch.tensor([[5, 6, 7, -100, -100, -100]])
     loss = autoencoder(tokens, labels=labels).loss
-    # The chunk without any label is left out, and the label of padding does not matter.
+    # The chunk without any label is left out, and so is padding within a chunk.
     assert_close(autoencoder(tokens[:, :4], labels=labels[:, :4]).loss, loss)
     log_probs = autoencoder(tokens).logits.log_softmax(-1)
     cross_entropy = -torch.stack([log_probs[0, i, tokens[0, i]] for i in range(3)]).mean()

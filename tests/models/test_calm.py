@@ -25,8 +25,8 @@ def test_trains_at_any_chunk_size(chunk_size):
 
 
 @pytest.mark.parametrize("backbone_input", ["latents", "both"])
-def test_the_backbone_can_read_latents(backbone_input, tmp_path):
-    """What it reads is the mean of the posterior of each chunk, beside the tokens or alone."""
+def test_backbone_can_read_latents(backbone_input):
+    """It reads each chunk's posterior mean, alone or beside the tokens."""
     model = tiny_model(backbone_input=backbone_input)
     ids = torch.randint(3, 40, (2, 16))
     latents = model.autoencoder.encode(ids.unflatten(-1, (-1, 4))).mean
@@ -34,12 +34,18 @@ def test_the_backbone_can_read_latents(backbone_input, tmp_path):
     read = torch.cat([tokens, latents], -1) if backbone_input == "both" else latents
     expected = model.backbone(inputs_embeds=model.projection(read)).last_hidden_state
     assert_close(model.hidden_states_of_chunks(ids), expected)
-    # Encoded once for input and target, the loss is that of targets encoded alone.
+    # Chunks are encoded once, for input and target; the loss is that of targets encoded on their own.
     noise = model.draw_training_noise([torch.Generator().manual_seed(n) for n in (0, 1)], ids, ids)
     chunks = ids.unflatten(-1, (-1, 4))[:, 1:].flatten(0, 1)
     target = Target(model.autoencoder.encode(chunks), chunks)
     loss = model.head.loss(expected[:, :-1].flatten(0, 1), target, noise)
     assert_close(model(ids, labels=ids, noise=noise).loss, loss.mean())
+
+
+@pytest.mark.parametrize("backbone_input", ["latents", "both"])
+def test_backbone_that_reads_latents_trains_and_generates(backbone_input, tmp_path):
+    model = tiny_model(backbone_input=backbone_input)
+    ids = torch.randint(3, 40, (2, 16))
     model.train()
     model(ids, labels=ids).loss.backward()
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -53,27 +59,27 @@ def test_the_backbone_can_read_latents(backbone_input, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
-def test_a_cache_goes_by_both_of_its_names(model, name):
-    """transformers calls it `cache` from 5.24 on."""
+def test_cache_is_accepted_by_both_of_its_names(model, name):
+    """transformers calls it `cache` from version 5.24 on."""
     ids = torch.randint(3, 40, (2, 16))
     first = model(ids[:, :8], use_cache=True)
     assert first.cache is first.past_key_values and first.cache.get_seq_length() == 2
     with warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)  # What the backbone is given has its name of today.
-        rest = model(ids[:, 8:], use_cache=True, **{name: first.cache})
-    assert rest.cache is first.cache and rest.cache.get_seq_length() == 4
-    assert_close(rest.last_hidden_state, model(ids).last_hidden_state[:, 2:])
-    # One that is given is read on, whether another would be made or not.
+        warnings.simplefilter("error", FutureWarning)  # The backbone must get it by its current name.
+        second = model(ids[:, 8:], use_cache=True, **{name: first.cache})
+    assert second.cache is first.cache and second.cache.get_seq_length() == 4
+    assert_close(second.last_hidden_state, model(ids).last_hidden_state[:, 2:])
+    # A given cache is used even if none would be created.
     first = model(ids[:, :8], use_cache=True)
-    assert_close(model(ids[:, 8:], **{name: first.cache}).last_hidden_state, rest.last_hidden_state)
+    assert_close(model(ids[:, 8:], **{name: first.cache}).last_hidden_state, second.last_hidden_state)
 
 
-def test_an_unknown_input_of_the_backbone_is_refused():
+def test_unknown_backbone_input_is_refused():
     with pytest.raises(ValueError, match="must be one of tokens, latents, both, got 'words'"):
         tiny_config(backbone_input="words")
 
 
-def test_the_autoencoder_stays_frozen_and_in_eval_mode(model, tmp_path):
+def test_autoencoder_stays_frozen_and_in_eval_mode(model, tmp_path):
     model.save_pretrained(tmp_path)
     for candidate in (model, CalmForCausalLM.from_pretrained(tmp_path)):
         before = {name: p.clone() for name, p in candidate.autoencoder.named_parameters()}
@@ -109,8 +115,10 @@ def test_import_calm_is_enough_for_the_auto_classes(model, tmp_path):
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.split() == ["CalmForCausalLM", "calm"]
-    reverse = code.replace("import calm; ", "").replace("; print", "; import calm; print")
-    out = subprocess.run([sys.executable, "-c", reverse], capture_output=True, text=True, check=True).stdout
+    import_last = code.replace("import calm; ", "").replace("; print", "; import calm; print")
+    out = subprocess.run(
+        [sys.executable, "-c", import_last], capture_output=True, text=True, check=True
+    ).stdout
     assert out.split() == ["CalmForCausalLM", "calm"]
     assert AutoConfig.for_model("calm").model_type == "calm"
 
@@ -161,7 +169,7 @@ def test_only_targets_carry_loss(model):
     assert_close(scaled, expected.sum() / 10)
 
 
-def test_a_batch_without_targets_has_zero_loss(model):
+def test_batch_without_targets_has_zero_loss(model):
     ids = torch.zeros(1, 8, dtype=torch.long)
     labels = torch.full_like(ids, -100)
     assert model(ids, labels=labels).loss == 0
@@ -185,14 +193,14 @@ def test_tokens_must_fill_chunks(model):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_gradient_checkpointing_keeps_less_and_changes_nothing(head):
-    """The blocks of the head hold most: they work on N draws of every position."""
+def test_gradient_checkpointing_saves_less_and_changes_nothing(head):
+    """Most memory is in the blocks of the head, which work on N draws at every position."""
     depth = {"last_layers": 2} if head == "decoder" else {"num_blocks": 2}
     small = {"noise_size": 8} if head == "energy" else {}
     model = tiny_model(head_config={"head_type": head, **depth, **small})
     model.train()
     ids = torch.randint(3, 40, (2, 16))
-    gradients, kept = [], []
+    gradients, saved_sizes = [], []
     for enabled in (False, True):
         if enabled:
             model.gradient_checkpointing_enable()
@@ -206,15 +214,15 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(head):
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             loss = model(ids, labels=ids, generator=torch.Generator().manual_seed(0)).loss
-        kept.append(size)
+        saved_sizes.append(size)
         loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert_close(gradients[0], gradients[1])
-    assert kept[1] < 0.7 * kept[0]
+    assert saved_sizes[1] < 0.7 * saved_sizes[0]
 
 
-def test_condition_shared_between_draws_is_the_plain_network():
-    """The head's first layer of a block, split into draw and condition, equals the joined product."""
+def test_condition_shared_between_draws_changes_nothing():
+    """Computing the first layer of a block separately for draws and condition equals the joint product."""
     head: EnergyHead = tiny_model().head
     hidden, noise = torch.randn(5, 32), torch.rand(3, 5, 8) - 0.5
     condition = head.condition_norm(head.condition_in(hidden)).expand(3, -1, -1)
@@ -236,16 +244,14 @@ def test_draws_follow_the_generator_and_differ(model):
     assert first.std(0).min() > 0
 
 
-def test_a_new_head_starts_with_all_draws_in_one_point():
-    from tiny import tiny_config
-
+def test_draws_of_a_new_head_are_zero():
     fresh = CalmForCausalLM(tiny_config())
     assert (fresh.head.sample_latents(torch.randn(2, 32), 4) == 0).all()
 
 
-@pytest.mark.parametrize("spread", [0.02, 1.0])
-def test_new_token_embeddings_have_the_spread_of_the_configuration(spread):
+@pytest.mark.parametrize("std", [0.02, 1.0])
+def test_new_token_embeddings_have_the_configured_std(std):
     torch.manual_seed(0)
-    weight = CalmForCausalLM(tiny_config(embedding_initializer_range=spread)).get_input_embeddings().weight
-    assert weight[1:].std().item() == pytest.approx(spread, rel=0.1)
+    weight = CalmForCausalLM(tiny_config(embedding_initializer_range=std)).get_input_embeddings().weight
+    assert weight[1:].std().item() == pytest.approx(std, rel=0.1)
     assert not weight[0].any()  # Padding.

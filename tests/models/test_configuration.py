@@ -1,4 +1,4 @@
-"""Configurations say what is wrong with them and survive a round trip."""
+"""Configurations refuse wrong arguments with one sentence, and survive a round trip."""
 
 import pytest
 from tiny import tiny_config
@@ -34,7 +34,7 @@ def test_values_out_of_range_are_refused(changes, message):
         ({"head_type": "energy", "num_draws": 1}, "num_draws must be at least 2"),
     ],
 )
-def test_bad_heads_are_refused(head, message):
+def test_invalid_heads_are_refused(head, message):
     with pytest.raises(ValueError, match=message):
         CalmConfig(head_config=head)
 
@@ -49,7 +49,7 @@ def test_round_trip(tmp_path):
     assert (loaded.chunk_size, loaded.latent_size, loaded.hidden_size) == (2, 8, 32)
 
 
-def test_the_backbone_has_the_vocabulary_of_the_autoencoder():
+def test_backbone_has_the_vocabulary_of_the_autoencoder():
     config = tiny_config(vocab_size=77)
     assert config.backbone_config.vocab_size == config.vocab_size == 77
 
@@ -80,21 +80,24 @@ def test_the_backbone_has_the_vocabulary_of_the_autoencoder():
         ({"backbone_input": 3}, "backbone_input must be one of tokens, latents, both, got "),
     ],
 )
-def test_what_is_no_field_is_one_sentence(arguments, message):
+def test_wrong_arguments_are_refused_with_one_sentence(arguments, message):
     with pytest.raises(ValueError, match=message) as raised:
         CalmConfig(**arguments)
     assert "\n" not in str(raised.value)
 
 
-def test_the_sentence_names_the_fields_there_are():
+def test_message_lists_the_fields():
     with pytest.raises(ValueError, match="fields of CalmConfig are autoencoder_config, backbone_config"):
         CalmConfig(hidden_size=96)
+
+
+def test_setting_a_field_of_a_nested_configuration_is_refused():
     config = tiny_config()
     with pytest.raises(ValueError, match="hidden_size is set in backbone_config"):
         config.hidden_size = 96
 
 
-def test_what_transformers_and_others_keep_in_a_configuration_passes():
+def test_extra_fields_of_transformers_and_users_are_accepted():
     extra = {
         "architectures": ["CalmForCausalLM"], "dtype": "float32", "_name_or_path": "x", "use_cache": True,
         "transformers_version": "5.17.0", "note": "mine", "auto_map": {}, "quantization_config": None,

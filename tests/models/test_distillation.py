@@ -1,4 +1,4 @@
-"""What a model hears of a teacher: against the teacher alone with each document, by torch's divergence."""
+"""Distillation: against the teacher run on each document alone, and torch's KL divergence."""
 
 import pytest
 import torch
@@ -31,17 +31,17 @@ def batch_of(chunk_size: int, layout: str = "documents") -> dict:
     return {name: value for name, value in batch.items() if name != "block_numbers"}
 
 
-class Tokens(list):
-    """What a conversion asks of a tokenizer."""
+class Tokenizer(list):
+    """What a conversion needs from a tokenizer."""
 
     pad_token_id, bos_token_id, eos_token_id = PAD, 1, EOS
 
 
-TOKENS = Tokens(range(40))
+TOKENIZER = Tokenizer(range(40))
 
 
-def louder(network):
-    """A network whose distributions are not all alike."""
+def with_large_weights(network):
+    """Scale the matrices of a network, so that its distributions differ from each other."""
     with torch.no_grad():
         for weight in network.parameters():
             weight.mul_(8 if weight.ndim == 2 else 1)
@@ -49,137 +49,149 @@ def louder(network):
 
 
 def teacher_for(chunk_size: int, **settings) -> Teacher:
-    network = louder(tiny_llama(num_hidden_layers=3))
+    network = with_large_weights(tiny_llama(num_hidden_layers=3))
     return Teacher(network, TeacherSettings(model="teacher", **settings), chunk_size)
 
 
 def documents_in(batch: dict, chunk_size: int) -> list[tuple[int, list[int]]]:
-    """The rows and places of the tokens of each document in a batch, found one by one."""
-    found: list[tuple[int, list[int]]] = []
+    """Row and token indices of each document in a batch."""
+    documents: list[tuple[int, list[int]]] = []
     for row, positions in enumerate(batch["position_ids"].tolist()):
         for chunk, position in enumerate(positions):
-            if position == 0 or not found or found[-1][0] != row:
-                found.append((row, []))
-            places = range(chunk * chunk_size, (chunk + 1) * chunk_size)
+            if position == 0 or not documents or documents[-1][0] != row:
+                documents.append((row, []))
+            indices = range(chunk * chunk_size, (chunk + 1) * chunk_size)
             ids, labels = batch["input_ids"][row], batch["labels"][row]
-            found[-1][1].extend(
-                place for place in places if labels[place] != -100 or (chunk_size == 1 and ids[place] != PAD)
+            documents[-1][1].extend(
+                index for index in indices if labels[index] != -100 or (chunk_size == 1 and ids[index] != PAD)
             )
-    return [one for one in found if one[1]]
+    return [document for document in documents if document[1]]
 
 
-def scores_by_document(network, batch: dict, chunk_size: int) -> torch.Tensor:
-    """Scores (B, T, V) that a teacher gives each token, from those before it in its document; else NaN."""
-    scores = torch.full((*batch["input_ids"].shape, 40), torch.nan, dtype=torch.float64)
-    for row, places in documents_in(batch, chunk_size):
+def logits_by_document(network, batch: dict, chunk_size: int) -> torch.Tensor:
+    """Logits (B, T, V) of each token, given those before it in its document; NaN for all others."""
+    logits = torch.full((*batch["input_ids"].shape, 40), torch.nan, dtype=torch.float64)
+    for row, indices in documents_in(batch, chunk_size):
         with torch.no_grad():
-            logits = network(input_ids=batch["input_ids"][row, places][None]).logits[0]
-        scores[row, places[1:]] = logits[:-1]
-    return scores
+            document_logits = network(input_ids=batch["input_ids"][row, indices][None]).logits[0]
+        logits[row, indices[1:]] = document_logits[:-1]
+    return logits
 
 
 def expected_loss(model, teacher: Teacher, batch: dict) -> torch.Tensor:
-    """Mean over targets of the loss at every place, from whole distributions."""
+    """Mean loss over the tokens of all target chunks, from full distributions."""
     weight, temperature = teacher.settings.weight, teacher.settings.temperature
-    told = scores_by_document(teacher.network, batch, SIZE)
+    teacher_logits = logits_by_document(teacher.network, batch, SIZE)
     is_target = find_targets(batch["labels"], batch["position_ids"], SIZE)
     states = model.hidden_states_of_chunks(batch["input_ids"], position_ids=batch["position_ids"])
     states, total = states[:, :-1][is_target], 0.0
     chunks = [batch[name].unflatten(-1, (-1, SIZE))[:, 1:][is_target] for name in ("input_ids", "labels")]
-    told = told.unflatten(1, (-1, SIZE))[:, 1:][is_target]
-    for place in range(SIZE):
-        log_p = model.head.token_distribution(states, chunks[0], place).double().log()
-        own = F.nll_loss(log_p, chunks[0][:, place], reduction="none")
-        log_q, log_p = ((scores / temperature).log_softmax(-1) for scores in (told[:, place], log_p))
-        far = temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
-        has_label = chunks[1][:, place] != -100
-        total = total + torch.where(has_label, (1 - weight) * own + weight * far, own).sum()
-    assert told[chunks[1] != -100].isfinite().all() and (chunks[1] == -100).any()
+    teacher_logits = teacher_logits.unflatten(1, (-1, SIZE))[:, 1:][is_target]
+    for index in range(SIZE):
+        log_p = model.head.token_distribution(states, chunks[0], index).double().log()
+        cross_entropy = F.nll_loss(log_p, chunks[0][:, index], reduction="none")
+        log_q, log_p = (
+            (logits / temperature).log_softmax(-1) for logits in (teacher_logits[:, index], log_p)
+        )
+        divergence = temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+        has_label = chunks[1][:, index] != -100
+        mixture = (1 - weight) * cross_entropy + weight * divergence
+        total = total + torch.where(has_label, mixture, cross_entropy).sum()
+    assert teacher_logits[chunks[1] != -100].isfinite().all() and (chunks[1] == -100).any()
     return total / (SIZE * len(states))
 
 
 @pytest.mark.parametrize("layout", ["documents", "packed"])
 @pytest.mark.parametrize("head_type", ["sequential", "decoder"])
-def test_every_place_of_a_calm_hears_the_teacher(head_type, layout):
+def test_calm_learns_from_the_teacher_at_every_token(head_type, layout):
     torch.manual_seed(1)
     model = tiny_model(SIZE, head_config={"head_type": head_type}).double()
     teacher, batch = teacher_for(SIZE, weight=0.75, temperature=2.0), batch_of(SIZE, layout)
     teacher_output = teacher.output(**batch)
     with torch.no_grad():
         loss = model(**batch, teacher_output=teacher_output).loss
-        wanted = expected_loss(model, teacher, batch)
-    assert_close(loss.double(), wanted, rtol=1e-5, atol=0)
+        expected = expected_loss(model, teacher, batch)
+    assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     model.train()
     assert_close(model(**batch, teacher_output=teacher_output).loss.detach(), loss, rtol=1e-6, atol=0)
     assert (model(**batch).loss.detach() - loss).abs() > 0.01
 
 
-def test_a_transformer_of_tokens_hears_the_teacher():
+def test_token_level_model_learns_from_the_teacher():
     student, batch = tiny_llama(), batch_of(1)
     teacher = teacher_for(1, weight=0.75, temperature=2.0)
     with torch.no_grad():
         loss = student(**batch, teacher_output=teacher.output(**batch)).loss
-        told, own_scores = (scores_by_document(one, batch, 1) for one in (teacher.network, student))
+        teacher_logits, logits = (
+            logits_by_document(network, batch, 1) for network in (teacher.network, student)
+        )
     is_target = (batch["labels"] != -100)[:, 1:]
-    told, own_scores = (scores[:, 1:][is_target] for scores in (told, own_scores))
-    own = F.cross_entropy(own_scores, batch["labels"][:, 1:][is_target])
-    log_p, log_q = ((scores / 2).log_softmax(-1) for scores in (own_scores, told))
-    far = 4 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
-    assert_close(loss.double(), 0.25 * own + 0.75 * far, rtol=1e-6, atol=0)
+    teacher_logits, logits = (tensor[:, 1:][is_target] for tensor in (teacher_logits, logits))
+    cross_entropy = F.cross_entropy(logits, batch["labels"][:, 1:][is_target])
+    log_p, log_q = ((tensor / 2).log_softmax(-1) for tensor in (logits, teacher_logits))
+    divergence = 4 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    assert_close(loss.double(), 0.25 * cross_entropy + 0.75 * divergence, rtol=1e-6, atol=0)
 
 
-def test_a_model_that_is_its_teacher_has_nothing_to_learn():
-    """With chunks of one token and no layers in the head, the CALM is the source."""
-    source = louder(tiny_llama(num_hidden_layers=6))
-    model = calm_from_transformer(source, TOKENS, 1, Cut(0, 2))
+def test_relative_distance_is_zero_for_equal_states_and_one_for_zeros():
+    """With chunks of one token, the backbone is the first layers of the source."""
+    source = with_large_weights(tiny_llama(num_hidden_layers=6))
+    model = calm_from_transformer(source, TOKENIZER, 1, Cut(0, 2))
     teacher = Teacher(source, TeacherSettings(model="source", states=0.5), 1, layer=3)
     batch = {**batch_of(1), "use_cache": False}
     teacher_output = teacher.output(**batch)
     is_target = find_targets(batch["labels"], batch["position_ids"], 1)
     states = model.hidden_states_of_chunks(batch["input_ids"], position_ids=batch["position_ids"])
-    own = states[:, :-1][is_target][:, : model.config.hidden_size]
-    assert teacher_output.distances(own, is_target, 1).max() < 1e-12
-    assert teacher_output.distances(0 * own, is_target, 1).eq(1).all()
-    whole = calm_from_transformer(source, TOKENS, 1, Cut(0, 0))
+    states = states[:, :-1][is_target][:, : model.config.hidden_size]
+    assert teacher_output.distances(states, is_target, 1).max() < 1e-12
+    assert teacher_output.distances(0 * states, is_target, 1).eq(1).all()
+
+
+def test_model_equal_to_its_teacher_has_no_loss_and_no_gradient():
+    """With chunks of one token and no layers in the head, the CALM is the source."""
+    source = with_large_weights(tiny_llama(num_hidden_layers=6))
+    model = calm_from_transformer(source, TOKENIZER, 1, Cut(0, 0))
+    teacher = Teacher(source, TeacherSettings(model="source", states=0.5), 1, layer=3)
+    batch = {**batch_of(1), "use_cache": False}
     teacher_output = teacher.output(**batch)._replace(hidden_BTD=None)
-    loss = whole(**batch, teacher_output=teacher_output).loss
+    loss = model(**batch, teacher_output=teacher_output).loss
     loss.backward()
-    assert abs(float(loss)) < 1e-12
-    assert max(float(one.grad.abs().max()) for one in whole.backbone.layers.parameters()) < 1e-9
+    assert abs(loss.item()) < 1e-12
+    assert max(float(weight.grad.abs().max()) for weight in model.backbone.layers.parameters()) < 1e-9
 
 
 def test_states_are_compared_at_the_last_token_of_a_chunk():
-    source = louder(tiny_llama(num_hidden_layers=6))
-    model = calm_from_transformer(source, TOKENS, SIZE, Cut(0, 2))
+    source = with_large_weights(tiny_llama(num_hidden_layers=6))
+    model = calm_from_transformer(source, TOKENIZER, SIZE, Cut(0, 2))
     batch = batch_of(SIZE)
     teacher = Teacher(source, TeacherSettings(model="source", weight=0.0, states=0.5), SIZE, layer=3)
     teacher_output = teacher.output(**batch)
     total, count = 0.0, 0
     is_target = find_targets(batch["labels"], batch["position_ids"], SIZE)
     states = model.hidden_states_of_chunks(batch["input_ids"], position_ids=batch["position_ids"])
-    for row, places in documents_in(batch, SIZE):
-        read = source(batch["input_ids"][row, places][None], output_hidden_states=True).hidden_states[4][0]
-        for place, wanted in zip(places, read, strict=True):
-            chunk, inside = divmod(place, SIZE)
-            if inside == SIZE - 1 and chunk < CONTEXT // SIZE - 1 and is_target[row, chunk]:
-                own = states[row, chunk, : model.config.hidden_size]
-                total += float((own - wanted).square().sum() / wanted.square().sum())
+    for row, indices in documents_in(batch, SIZE):
+        outputs = source(batch["input_ids"][row, indices][None], output_hidden_states=True)
+        for index, expected in zip(indices, outputs.hidden_states[4][0], strict=True):
+            chunk, position = divmod(index, SIZE)
+            if position == SIZE - 1 and chunk < CONTEXT // SIZE - 1 and is_target[row, chunk]:
+                state = states[row, chunk, : model.config.hidden_size]
+                total += float((state - expected).square().sum() / expected.square().sum())
                 count += 1
     assert count == int(is_target.sum())
     loss = model(**batch, teacher_output=teacher_output).loss - model(**batch).loss
     assert float(loss) == pytest.approx(0.5 * total / count, rel=1e-5)
 
 
-def test_positions_begin_with_each_document_behind_its_padding():
+def test_token_positions_start_at_each_document_after_its_padding():
     labels = torch.tensor([[-100, -100, 5, 6, 7, -100, -100, -100, 8, 9, -100, -100]])
     positions = torch.tensor([[0, 1, 0]])
     assert token_positions(labels, positions, 4).tolist() == [[0, 0, 0, 1, 2, 0, 0, 0, 0, 1, 0, 0]]
-    whole = torch.arange(12)[None]
-    assert token_positions(whole, torch.arange(3)[None], 4).tolist() == whole.tolist()
+    tokens = torch.arange(12)[None]
+    assert token_positions(tokens, torch.arange(3)[None], 4).tolist() == tokens.tolist()
     assert token_positions(labels, None, 4) is None
 
 
-def test_heads_without_distributions_of_tokens_cannot_learn():
+def test_head_without_token_distributions_is_refused():
     batch = batch_of(SIZE)
     teacher_output = teacher_for(SIZE).output(**batch)
     assert isinstance(teacher_output, TeacherOutput)
@@ -187,7 +199,7 @@ def test_heads_without_distributions_of_tokens_cannot_learn():
         tiny_model(SIZE)(**batch, teacher_output=teacher_output)
 
 
-def test_a_teacher_and_thoughts_do_not_go_together():
+def test_teacher_with_thoughts_is_refused():
     batch = batch_of(1)
     is_thought = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
     is_thought[:, 3] = True

@@ -1,4 +1,4 @@
-"""Models in GGUF files: against the same model as it was saved by transformers, within the stored type."""
+"""Models read from GGUF files equal those that were written, within the rounding of the stored type."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ MODELS = {
     "qwen3": Qwen3Config(**SIZES, vocab_size=300, head_dim=128),
 }
 pytestmark = pytest.mark.skipif(gguf_is_not_read(), reason="needs transformers 5.23")
-HALF = 2.0**-11  # Half of the last place of a number of 11 bits.
+HALF_ROUNDING = 2.0**-11  # Largest relative rounding error of a number in half precision.
 
 
 @pytest.fixture(scope="module")
@@ -48,93 +48,95 @@ def model_of(name: str):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_file_is_the_model_that_was_written(name, tokenizer, tmp_path):
+def test_loaded_file_is_the_model_that_was_written(name, tokenizer, tmp_path):
     model, file = model_of(name), tmp_path / "model.gguf"
     write_gguf(file, model, tokenizer)
-    read, words = load_language_model_and_tokenizer(str(file), dtype=torch.float32)
+    loaded, loaded_tokenizer = load_language_model_and_tokenizer(str(file), dtype=torch.float32)
     weights = model.state_dict()
-    assert read.state_dict().keys() == weights.keys()
-    assert all(torch.equal(one, weights[key]) for key, one in read.state_dict().items())
+    assert loaded.state_dict().keys() == weights.keys()
+    assert all(torch.equal(weight, weights[key]) for key, weight in loaded.state_dict().items())
     ids = torch.randint(3, 300, (2, 40))
     with torch.no_grad():
-        assert torch.equal(read(ids).logits, model(ids).logits)
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
     texts = [*stories(20, 24), "Ünïcode 日本 12,345!", "<|eos|>", ""]
-    assert words.get_vocab() == tokenizer.get_vocab()
-    assert words(texts).input_ids == tokenizer(texts).input_ids
+    assert loaded_tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert loaded_tokenizer(texts).input_ids == tokenizer(texts).input_ids
     assert load_tokenizer(str(file)).pad_token_id == tokenizer.pad_token_id
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0"])
-def test_weights_are_within_their_type(kind, tokenizer, tmp_path):
+def test_weights_are_within_the_rounding_of_their_type(kind, tokenizer, tmp_path):
     model = model_of("llama")
     write_gguf(tmp_path / "model.gguf", model, tokenizer, kind)
-    read, _ = load_language_model_and_tokenizer(str(tmp_path / "model.gguf"), dtype=torch.float32)
+    loaded, _ = load_language_model_and_tokenizer(str(tmp_path / "model.gguf"), dtype=torch.float32)
     is_rounded = False
     for key, weight in model.state_dict().items():
-        # Q8_0: 32 numbers in a row are whole multiples of a half-precision scale, of at most 127.
+        # Q8_0 stores 32 numbers in a row as integers from -127 to 127 times a scale in half precision.
         blocks = weight.unflatten(-1, (-1, 32)).abs()
         step = blocks.amax(-1, keepdim=True) / 127
-        most = blocks * HALF if kind == "F16" else step / 2 + 127 * step * HALF
-        most = torch.zeros(()) if weight.ndim == 1 else most
-        off = (read.state_dict()[key] - weight).unflatten(-1, (-1, 32)).abs()
-        assert (off <= most + 1e-7).all(), key
-        is_rounded |= bool(off.any())
+        max_error = blocks * HALF_ROUNDING if kind == "F16" else step / 2 + 127 * step * HALF_ROUNDING
+        max_error = torch.zeros(()) if weight.ndim == 1 else max_error
+        error = (loaded.state_dict()[key] - weight).unflatten(-1, (-1, 32)).abs()
+        assert (error <= max_error + 1e-7).all(), key
+        is_rounded |= bool(error.any())
     assert is_rounded
 
 
-def test_what_is_saved_of_it_is_an_ordinary_model(tokenizer, tmp_path):
+def test_loaded_model_is_saved_as_an_ordinary_one(tokenizer, tmp_path):
     write_gguf(tmp_path / "model.gguf", model_of("llama"), tokenizer, "Q8_0")
-    read, words = load_language_model_and_tokenizer(str(tmp_path / "model.gguf"), dtype=torch.float32)
-    read.save_pretrained(tmp_path / "saved")
-    words.save_pretrained(tmp_path / "saved")
+    loaded, loaded_tokenizer = load_language_model_and_tokenizer(
+        str(tmp_path / "model.gguf"), dtype=torch.float32
+    )
+    loaded.save_pretrained(tmp_path / "saved")
+    loaded_tokenizer.save_pretrained(tmp_path / "saved")
     assert "quantization" not in (tmp_path / "saved/config.json").read_text()
     weights = load_file(tmp_path / "saved/model.safetensors")
-    assert {one.dtype for one in weights.values()} == {torch.float32}
-    again = LlamaForCausalLM.from_pretrained(tmp_path / "saved")
-    assert all(torch.equal(one, read.state_dict()[key]) for key, one in again.state_dict().items())
-    read.train()(
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    reloaded = LlamaForCausalLM.from_pretrained(tmp_path / "saved")
+    assert all(torch.equal(weight, loaded.state_dict()[key]) for key, weight in reloaded.state_dict().items())
+    loaded.train()(
         torch.ones(1, 4, dtype=torch.long), labels=torch.ones(1, 4, dtype=torch.long)
     ).loss.backward()
 
 
-def cut_off(file):
+def truncate(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
 
 
-def cut_in_head(file):
+def truncate_in_header(file):
     file.write_bytes(file.read_bytes()[:300])
 
 
-def overwritten(file):
+def overwrite(file):
     file.write_bytes(b"not a model" * 100)
 
 
-def emptied(file):
+def empty(file):
     file.write_bytes(b"")
 
 
-def counting_wrongly(file):
+def claim_too_many_tensors(file):
     data = bytearray(file.read_bytes())
-    data[8:16] = (2**60).to_bytes(8, "little")  # Tensors.
+    data[8:16] = (2**60).to_bytes(8, "little")  # The number of tensors.
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [cut_off, cut_in_head, overwritten, emptied, counting_wrongly])
-def test_a_damaged_file_is_one_sentence(damage, tokenizer, tmp_path, capsys):
+@pytest.mark.parametrize("damage", [truncate, truncate_in_header, overwrite, empty, claim_too_many_tensors])
+def test_damaged_file_is_refused_with_one_sentence(damage, tokenizer, tmp_path, capsys):
     file = write_gguf(tmp_path / "model.gguf", model_of("llama"), tokenizer)
     damage(file)
-    said = failure(capsys, "generate", file, "Once")
-    assert f"cannot load '{file}': it is damaged (" in said
+    message = failure(capsys, "generate", file, "Once")
+    assert f"cannot load '{file}': it is damaged, or not supported (" in message
     with pytest.raises(InputError, match=r"cannot load a tokenizer from|is damaged"):
         load_tokenizer(str(file)) and load_language_model_and_tokenizer(str(file))
 
 
 REFUSED = {
     "scaled positions": ({"scaling": "yarn"}, "uses RoPE scaling"),
-    "factors": ({"more": {"rope_freqs.weight": np.ones(4, np.float32)}}, "uses RoPE scaling"),
+    "frequency factors": ({"more": {"rope_freqs.weight": np.ones(4, np.float32)}}, "uses RoPE scaling"),
     "a bias": ({"more": {"blk.0.attn_q.bias": np.ones(32, np.float32)}}, "contains blk.0.attn_q.bias, which"),
-    "another kind": ({"architecture": "gpt2"}, "type 'gpt2', which cannot be read from GGUF"),
-    "unheard of": ({"architecture": "nobody"}, "nobody"),
+    "another architecture": ({"architecture": "gpt2"}, "type 'gpt2', which cannot be read from GGUF"),
+    "an unknown architecture": ({"architecture": "nobody"}, "architecture nobody is not supported"),
     "a missing tensor": ({"leave_out": "1.mlp.up_proj"}, "incomplete: 1 tensors are missing"),
     "a wrong width": ({"width": 64}, r"weight has shape \[300, 32\] instead of \[300, 64\]"),
     "many layers": ({"layers": 10**6}, "describes 1,000,000 layers"),
@@ -143,18 +145,18 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_is_not_all_read_is_refused(changes, message, tokenizer, tmp_path):
+def test_file_with_unsupported_contents_is_refused(changes, message, tokenizer, tmp_path):
     file = write_gguf(tmp_path / "model.gguf", model_of("llama"), tokenizer, **changes)
     with pytest.raises(InputError, match=message):
         load_language_model_and_tokenizer(str(file))
 
 
-def test_scaling_by_nothing_is_none(tokenizer, tmp_path):
+def test_scaling_type_none_is_accepted(tokenizer, tmp_path):
     file = write_gguf(tmp_path / "model.gguf", model_of("llama"), tokenizer, scaling="none")
     assert load_language_model_and_tokenizer(str(file))[0].config.model_type == "llama"
 
 
-def test_a_file_that_has_changed_is_read_anew(tokenizer, tmp_path):
+def test_changed_file_is_read_again(tokenizer, tmp_path):
     file = write_gguf(tmp_path / "model.gguf", model_of("llama"), tokenizer)
     assert not config_of(str(file)).tie_word_embeddings
     file.unlink()
@@ -162,7 +164,7 @@ def test_a_file_that_has_changed_is_read_anew(tokenizer, tmp_path):
     assert config_of(str(file)).tie_word_embeddings
 
 
-def test_places_that_there_are_not(tmp_path, monkeypatch, capsys):
+def test_missing_files_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     for name in ("model.gguf", "here/model.gguf", "here/owner/model.gguf", "owner/model.gguf"):
@@ -170,12 +172,14 @@ def test_places_that_there_are_not(tmp_path, monkeypatch, capsys):
         with pytest.raises(InputError, match=f"no tokenizer file '{name}'"):
             load_tokenizer(name)
     monkeypatch.setattr(missing.constants, "HF_HUB_OFFLINE", True)
-    said = failure(capsys, "generate", "owner/name/sub/model.gguf", "Once")
-    assert "it is not a local folder, and it could not be loaded from the hub (HF_HUB_OFFLINE is set)" in said
+    message = failure(capsys, "generate", "owner/name/sub/model.gguf", "Once")
+    assert (
+        "it is not a local folder, and it could not be loaded from the hub (HF_HUB_OFFLINE is set)" in message
+    )
 
 
-def test_one_of_the_hub_is_taken_from_its_cache(tokenizer, tmp_path, monkeypatch):
-    """A cache as the hub's client leaves it; nothing is asked."""
+def test_file_of_the_hub_is_read_from_the_cache(tokenizer, tmp_path, monkeypatch):
+    """The cache has the layout of the hub's client; the hub itself is not queried."""
     model = model_of("llama")
     snapshot = tmp_path / "models--owner--name/snapshots" / ("0" * 40)
     (snapshot / "sub").mkdir(parents=True)
@@ -186,20 +190,20 @@ def test_one_of_the_hub_is_taken_from_its_cache(tokenizer, tmp_path, monkeypatch
         monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path), raising=False)
     monkeypatch.setattr(missing.constants, "HF_HUB_OFFLINE", True)
     missing.check_model_exists("owner/name/sub/model.gguf")
-    read, _ = load_language_model_and_tokenizer("owner/name/sub/model.gguf", dtype=torch.float32)
-    assert torch.equal(read.model.norm.weight, model.model.norm.weight)
+    loaded, _ = load_language_model_and_tokenizer("owner/name/sub/model.gguf", dtype=torch.float32)
+    assert torch.equal(loaded.model.norm.weight, model.model.norm.weight)
 
 
-def test_an_older_transformers_is_one_sentence(tokenizer, tmp_path, monkeypatch, capsys):
+def test_older_transformers_is_refused_with_one_sentence(tokenizer, tmp_path, monkeypatch, capsys):
     file = write_gguf(tmp_path / "model.gguf", model_of("llama"), tokenizer)
     monkeypatch.setattr("transformers.__version__", "5.22.1")
     assert "needs transformers 5.23 or newer" in failure(capsys, "generate", file, "Once")
 
 
-def test_without_the_package_it_is_one_sentence(tokenizer, tmp_path, monkeypatch, capsys):
+def test_missing_package_is_reported_with_one_sentence(tokenizer, tmp_path, monkeypatch, capsys):
     file = write_gguf(tmp_path / "model.gguf", model_of("llama"), tokenizer)
     monkeypatch.setattr("calm.extras.is_installed", lambda package: package != "gguf")
-    said = failure(capsys, "generate", file, "Once")
-    assert f"'{file}', a GGUF file, needs gguf, which is not installed: pip install gguf" in said
+    message = failure(capsys, "generate", file, "Once")
+    assert f"'{file}', a GGUF file, needs gguf, which is not installed: pip install gguf" in message
     with pytest.raises(InputError, match="needs gguf"):
         load_tokenizer(str(file))

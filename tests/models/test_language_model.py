@@ -1,4 +1,4 @@
-"""What the view of a network makes of odd ones: one sentence, or the text all the same."""
+"""The interface to language models: overflow is an error, and generation always returns token ids."""
 
 import pytest
 import torch
@@ -13,14 +13,14 @@ IDS = torch.tensor([[3, 4, 5, 6]])
 
 @pytest.fixture
 def overflowing():
-    """A Llama whose finite weights give scores that are not."""
+    """A Llama whose weights are finite, but not its logits."""
     model = tiny_llama()
     with torch.no_grad():
         model.lm_head.weight.fill_(1e308)
     return model
 
 
-def test_a_model_of_tokens_that_overflows_says_so(overflowing):
+def test_overflow_of_a_token_level_model_is_an_error(overflowing):
     with pytest.raises(NotFiniteError, match="probabilities of the next token are not finite"):
         language_model(overflowing).generate(IDS, temperature=0.5, seed=1, max_new_tokens=2)
     reader = scorer_of(overflowing).reader
@@ -29,16 +29,16 @@ def test_a_model_of_tokens_that_overflows_says_so(overflowing):
 
 
 @pytest.mark.parametrize("has_draft", [False, True])
-def test_a_configuration_that_asks_for_more_than_tokens_gives_tokens(has_draft):
+def test_generation_returns_tokens_even_if_a_dictionary_is_configured(has_draft):
     model, draft = tiny_llama(), tiny_model(head_config={"head_type": "sequential"}) if has_draft else None
-    how = {"temperature": 0.0, "seed": 1, "max_new_tokens": 6, "draft": draft}
-    expected = language_model(model).generate(IDS, **how)
+    settings = {"temperature": 0.0, "seed": 1, "max_new_tokens": 6, "draft": draft}
+    expected = language_model(model).generate(IDS, **settings)
     model.generation_config.return_dict_in_generate = True
-    written = language_model(model).generate(IDS, **how)
-    assert expected.shape == (1, 10) and torch.equal(written, expected)
+    actual = language_model(model).generate(IDS, **settings)
+    assert expected.shape == (1, 10) and torch.equal(actual, expected)
 
 
-def test_a_calm_gives_tokens_as_well():
+def test_calm_returns_tokens_even_if_a_dictionary_is_configured():
     model = tiny_model()
     model.generation_config.return_dict_in_generate = True
     assert language_model(model).generate(IDS, temperature=1.0, seed=1, max_new_tokens=4).shape == (1, 8)

@@ -1,4 +1,4 @@
-"""Names of models: a run stands for its model, and a wrong name is told with the right ones."""
+"""Names of models: a run can be given for its model, and a wrong name is refused with suggestions."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ SHIPPED = "classics (in the package), stories (in the package)"
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def workspace(tmp_path, monkeypatch):
     """A folder with two runs, one of them unfinished, and a file."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes").write_text("seed: 0\n")
@@ -30,20 +30,20 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_run_stands_for_its_model(here, monkeypatch):
+def test_run_can_be_given_for_its_model(workspace, monkeypatch):
     assert (
         folder_of("runs/demo") == folder_of("runs/demo/") == "runs/demo/model" == folder_of("runs/demo/model")
     )
     assert load_model("runs/demo").config == load_model("runs/demo/model").config
-    assert load_autoencoder(here / "runs/demo").config.model_type == "calm_autoencoder"
-    monkeypatch.setenv("HOME", str(here))
-    assert folder_of("~/runs/demo") == str(here / "runs/demo/model")
-    (here / "runs/demo").rename(here / "stories")
-    assert folder_of("stories") == "stories/model", "a run here comes before the model of the package"
+    assert load_autoencoder(workspace / "runs/demo").config.model_type == "calm_autoencoder"
+    monkeypatch.setenv("HOME", str(workspace))
+    assert folder_of("~/runs/demo") == str(workspace / "runs/demo/model")
+    (workspace / "runs/demo").rename(workspace / "stories")
+    assert folder_of("stories") == "stories/model", "a local run takes precedence over a model of the package"
 
 
 @pytest.mark.parametrize(
-    ("name", "end"),
+    ("name", "ending"),
     [
         ("stoires", f"models nearby: {SHIPPED}, runs/demo/model; did you mean 'stories'?"),
         ("nobody/nothing", f"models nearby: {SHIPPED}, runs/demo/model."),
@@ -67,21 +67,21 @@ def test_a_run_stands_for_its_model(here, monkeypatch):
         ("m" * 300, "File name too long."),
     ],
 )
-def test_what_is_told_of_a_wrong_name(here, name, end):
+def test_wrong_name_is_explained(workspace, name, ending):
     with pytest.raises(InputError) as caught:
         load_language_model_and_tokenizer(name)
-    assert str(caught.value).endswith(end)
+    assert str(caught.value).endswith(ending)
 
 
-def test_flops_knows_models_and_recipes(here, capsys):
-    said = failure(capsys, "flops", "stoires")
-    assert "there is no recipe 'stoires'" in said and said.endswith("did you mean 'stories'?")
+def test_flops_suggests_models_and_recipes(workspace, capsys):
+    message = failure(capsys, "flops", "stoires")
+    assert "there is no recipe 'stoires'" in message and message.endswith("did you mean 'stories'?")
     assert failure(capsys, "flops", "laptp").endswith("runs/demo/model.")
     assert "did you mean 'laptop'" in failure(capsys, "flops", "laptp")
 
 
-def test_a_name_is_looked_for_without_torch_and_without_retries(tmp_path, monkeypatch):
-    """As the commands do it before they import anything heavy."""
+def test_name_is_looked_up_without_importing_torch(tmp_path):
+    """The commands do this before they import anything heavy."""
     program = (
         "import sys; from calm.models.missing import check_model_exists; from calm.errors import InputError\n"
         "check_model_exists('stories')\n"
@@ -89,16 +89,16 @@ def test_a_name_is_looked_for_without_torch_and_without_retries(tmp_path, monkey
         "except InputError as error:\n    print(error)\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
-    start = "import sys, types; sys.modules['calm_command'] = types.SimpleNamespace(is_running=True); "
+    setup = "import sys, types; sys.modules['calm_command'] = types.SimpleNamespace(is_running=True); "
     done = subprocess.run(
-        [sys.executable, "-c", start + program], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-c", setup + program], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert "cannot load 'stoires'" in done.stdout and "did you mean 'stories'?" in done.stdout
 
 
-def test_a_configuration_of_brackets_in_brackets_is_passed_by(tmp_path):
-    """One that happens to lie near must not end the sentence about another in a traceback."""
+def test_deeply_nested_configuration_nearby_is_skipped(tmp_path):
+    """It must not turn the message about another model into a traceback."""
     for name, config in (("deep", "[" * 100_000), ("good", '{"model_type": "calm"}')):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(config)

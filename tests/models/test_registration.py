@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src"
-SAYS_SO = """
+PRINTING_REGISTRATION = """
 import sys, types
 sys.modules["calm.models.registration"] = types.SimpleNamespace(register=lambda: print("registered"))
 """
@@ -24,8 +24,8 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def run(tmp_path):
-    """Run Python in a folder with packages, where registration only says that it was asked for."""
-    (tmp_path / "sitecustomize.py").write_text(SAYS_SO)
+    """Run Python in a folder with packages, where registration only prints that it was called."""
+    (tmp_path / "sitecustomize.py").write_text(PRINTING_REGISTRATION)
     for name, init in (("with_train", ""), ("calm_tools", "import calm")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(init)
@@ -59,14 +59,14 @@ def run(tmp_path):
         ("-m", "calm", "--version"),
     ],
 )
-def test_it_registers_in_every_program(run, arguments):
+def test_every_program_registers_the_models(run, arguments):
     assert run(*arguments).splitlines()[0] == "registered"
 
 
-def test_it_registers_in_processes_that_are_spawned(run):
+def test_spawned_processes_register_the_models(run):
     assert run("spawn.py").split() == ["registered", "registered"]
 
 
-def test_it_does_not_in_the_command(run):
+def test_console_script_does_not_register_the_models(run):
     out = run("-c", "import calm_command; calm_command.main()", "--version")
     assert out.startswith("calm ") and "registered" not in out

@@ -10,14 +10,14 @@ from calm.models import shipped
 from calm.models.loading import load_config, load_language_model_and_tokenizer, load_model
 
 
-def test_no_models_are_no_mistake(tmp_path, monkeypatch):
+def test_package_without_models_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setattr(shipped, "files", lambda package: tmp_path)
     assert shipped.shipped_models() == {} and shipped.folder_of("small") == "small"
     with pytest.raises(InputError, match="it could not be loaded from the hub"):
         load_model("small")
 
 
-def test_a_model_of_the_package_is_loaded_by_its_name(tmp_path, monkeypatch):
+def test_shipped_model_is_loaded_by_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(shipped, "files", lambda package: tmp_path)
     folder = tmp_path / "shipped" / "small"
     tiny_model(4, vocab_size=320).save_pretrained(folder)
@@ -29,10 +29,10 @@ def test_a_model_of_the_package_is_loaded_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "small").mkdir()
     assert shipped.folder_of("small") == str(folder)
     (tmp_path / "small/config.json").write_text("{}")
-    assert shipped.folder_of("small") == "small", "a model here comes first"
+    assert shipped.folder_of("small") == "small", "a local model takes precedence"
 
 
-def test_tokenizers_are_found_by_the_names_of_models(tmp_path, monkeypatch):
+def test_tokenizer_is_found_by_the_name_of_its_model(tmp_path, monkeypatch):
     monkeypatch.setattr(shipped, "files", lambda package: tmp_path)
     monkeypatch.chdir(tmp_path)
     tokenizer = train_tokenizer(stories(0, 20), 320)

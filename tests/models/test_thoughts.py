@@ -1,4 +1,4 @@
-"""Thoughts against passes without a cache, closed forms and central differences."""
+"""Thoughts, against uncached passes, closed forms and central differences."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from calm.models.thoughts import (
 from calm.models.tokens import LlamaForCausalLM
 
 pytestmark = pytest.mark.usefixtures("norms_in_double_precision")
-# Two rows that think at different positions, the second less often and behind padding.
+# Two rows that think at different positions, the second less often and after padding.
 IS_THOUGHT = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 1, 0, 0, 0]]).bool()
 MASK = torch.tensor([[1] * 8, [0, 1, 1, 1, 1, 1, 1, 1]])
 POSITIONS = (MASK.cumsum(-1) - 1).clamp_min(0)
@@ -33,28 +33,28 @@ def calm(head: str = "sequential", chunk_size: int = 2) -> CalmForCausalLM:
 
 
 def uncached_states(model, inputs_BCD, scale=None):
-    """States by n + 1 passes over everything, each of which learns the input of one thought more."""
+    """States from uncached passes over all positions, each of which fills in one more thought."""
     known = inputs_BCD
-    for place in range(IS_THOUGHT.shape[1] + 1):
+    for position in range(IS_THOUGHT.shape[1] + 1):
         states = model(inputs_embeds=known, attention_mask=MASK, position_ids=POSITIONS, use_cache=False)
         states = states.last_hidden_state
-        if place == IS_THOUGHT.shape[1]:
+        if position == IS_THOUGHT.shape[1]:
             return states
-        if IS_THOUGHT[:, place].any():
-            before = rescale(states[:, place - 1], scale)
-            own = torch.where(IS_THOUGHT[:, place, None], before, known[:, place])
-            known = torch.cat([known[:, :place], own[:, None], known[:, place + 1 :]], dim=1)
+        if IS_THOUGHT[:, position].any():
+            thought = rescale(states[:, position - 1], scale)
+            filled = torch.where(IS_THOUGHT[:, position, None], thought, known[:, position])
+            known = torch.cat([known[:, :position], filled[:, None], known[:, position + 1 :]], dim=1)
     raise AssertionError
 
 
 @pytest.mark.parametrize("scale", [None, 0.7])
-def test_cached_passes_are_uncached_passes(scale):
+def test_cached_passes_equal_uncached_passes(scale):
     model = tiny_llama().model
     inputs = torch.randn(2, 8, 16, dtype=torch.double, generator=torch.Generator().manual_seed(1))
     gradients = []
-    for way in ("cached", "uncached"):
+    for mode in ("cached", "uncached"):
         leaf = inputs.clone().requires_grad_()
-        if way == "cached":
+        if mode == "cached":
             states = read_positions(model, leaf, MASK, POSITIONS, None, Thinking(IS_THOUGHT, scale))
         else:
             states = uncached_states(model, leaf, scale)
@@ -68,8 +68,8 @@ def test_cached_passes_are_uncached_passes(scale):
 
 
 @pytest.mark.parametrize("dtype", [torch.double, torch.bfloat16, torch.float16])
-def test_states_are_rescaled_to_a_root_mean_square(dtype):
-    """Computed in more than half precision, where the squares of large states are infinite."""
+def test_rescale_sets_the_root_mean_square(dtype):
+    """In half precision, the squares of large states would overflow."""
     states = (torch.randn(3, 64, dtype=torch.double) * torch.tensor([[0.01], [1.0], [400.0]])).to(dtype)
     rms = states.double().pow(2).mean(-1, keepdim=True).sqrt()
     assert_close(rescale(states, 0.7), (states.double() * 0.7 / rms).to(dtype), rtol=1e-7, atol=0)
@@ -91,8 +91,8 @@ class Stub(torch.nn.Module):
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 5])
-def test_thoughts_of_a_matrix_are_its_powers(number):
-    """What the marker gives is thought n times: A^(n + 1) of its input, in n + 1 passes."""
+def test_thoughts_of_a_linear_backbone_are_powers_of_its_matrix(number):
+    """The state after n thoughts is A^(n + 1) times the marker's input, in n + 1 passes."""
     matrix = torch.randn(3, 3, dtype=torch.double, generator=torch.Generator().manual_seed(2))
     stub = Stub(matrix)
     inputs = torch.randn(1, 2 + number + 1, 3, dtype=torch.double)
@@ -104,7 +104,7 @@ def test_thoughts_of_a_matrix_are_its_powers(number):
     assert stub.calls == number + 1
 
 
-def test_a_row_that_begins_with_a_thought():
+def test_row_that_begins_with_a_thought_needs_an_earlier_state():
     model = tiny_llama().model
     inputs = torch.randn(1, 3, 16, dtype=torch.double)
     thinking = Thinking(torch.tensor([[True, False, False]]))
@@ -115,7 +115,7 @@ def test_a_row_that_begins_with_a_thought():
     assert_close(states, read_positions(model, torch.cat([before[:, None], inputs[:, 1:]], dim=1)))
 
 
-def test_gradients_through_thoughts_are_central_differences():
+def test_gradients_through_thoughts_match_central_differences():
     model = tiny_llama().model
     direction = torch.randn(2, 8, 16, dtype=torch.double, generator=torch.Generator().manual_seed(3))
     leaf = torch.randn(2, 8, 16, dtype=torch.double).requires_grad_()
@@ -131,8 +131,8 @@ def test_gradients_through_thoughts_are_central_differences():
     assert_close((leaf.grad * direction).sum(), difference, rtol=1e-6, atol=1e-8)
 
 
-def test_nothing_is_detached(monkeypatch):
-    """The last state of a row that thinks depends on its question through its thoughts alone, too."""
+def test_thoughts_are_not_detached(monkeypatch):
+    """The last state depends on the question through the thoughts, too."""
     model = tiny_llama().model
     inputs = torch.randn(2, 8, 16, dtype=torch.double)
     gradients = []
@@ -155,7 +155,7 @@ def test_gradient_checkpointing_is_refused():
             model(ids, is_thought=IS_THOUGHT)
 
 
-# Models.
+# Whole models.
 
 
 def prompts(model):
@@ -169,20 +169,22 @@ def prompts(model):
 HEADS = ["sequential", "energy", "flow", "categorical_flow"]
 
 
-def write(model, ids, **arguments):
-    how = {"do_sample": False} if isinstance(model, LlamaForCausalLM) else {"temperature": 1.0, "seed": 3}
-    return model.generate(ids, max_new_tokens=8, **how | arguments)
+def generate(model, ids, **arguments):
+    settings = (
+        {"do_sample": False} if isinstance(model, LlamaForCausalLM) else {"temperature": 1.0, "seed": 3}
+    )
+    return model.generate(ids, max_new_tokens=8, **settings | arguments)
 
 
 @pytest.mark.parametrize("model", [tiny_llama, calm], ids=["llama", "calm"])
-def test_no_thoughts_are_the_ordinary_model(model):
+def test_zero_thoughts_are_the_ordinary_model(model):
     model = model()
     _, ids, mask = prompts(model)
     assert torch.equal(
-        write(model, ids, attention_mask=mask, num_thoughts=0), write(model, ids, attention_mask=mask)
+        generate(model, ids, attention_mask=mask, num_thoughts=0), generate(model, ids, attention_mask=mask)
     )
-    many = [id_ for id_ in ids[0].tolist() for _ in range(2)]
-    batch = torch.tensor([many])
+    doubled = [id_ for id_ in ids[0].tolist() for _ in range(2)]
+    batch = torch.tensor([doubled])
     plain, thinking = model(batch), model(batch, is_thought=None)
     name = "logits" if "logits" in plain else "last_hidden_state"
     assert torch.equal(plain[name], thinking[name])
@@ -190,36 +192,36 @@ def test_no_thoughts_are_the_ordinary_model(model):
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 4])
 @pytest.mark.parametrize("head", HEADS)
-def test_a_row_among_others_is_the_row_alone(head, chunk_size):
+def test_text_of_a_row_does_not_depend_on_the_other_rows(head, chunk_size):
     model = calm(head, chunk_size)
     rows, ids, mask = prompts(model)
-    together = write(model, ids, attention_mask=mask, num_thoughts=3)
+    together = generate(model, ids, attention_mask=mask, num_thoughts=3)
     for row, tokens in zip(together[:, ids.shape[1] :].tolist(), rows, strict=True):
-        alone = write(model, torch.tensor([tokens]), num_thoughts=3)[0, len(tokens) :].tolist()
+        alone = generate(model, torch.tensor([tokens]), num_thoughts=3)[0, len(tokens) :].tolist()
         assert row[: len(alone)] == alone
         assert all(token == 0 for token in row[len(alone) :])
 
 
-def test_a_row_of_tokens_among_others_is_the_row_alone():
+def test_llama_text_of_a_row_does_not_depend_on_the_other_rows():
     model = tiny_llama()
     model.generation_config.eos_token_id = None
     rows, ids, mask = prompts(model)
-    together = write(model, ids, attention_mask=mask, num_thoughts=3)
+    together = generate(model, ids, attention_mask=mask, num_thoughts=3)
     assert together.shape == (3, 6 + 8) and torch.equal(together[:, :6], ids)
     for row, tokens in zip(together[:, 6:], rows, strict=True):
-        assert torch.equal(row, write(model, torch.tensor([tokens]), num_thoughts=3)[0, len(tokens) :])
+        assert torch.equal(row, generate(model, torch.tensor([tokens]), num_thoughts=3)[0, len(tokens) :])
 
 
-@pytest.mark.parametrize("how", ["lean", "static", "uncached"])
-def test_ways_of_writing_agree(how):
+@pytest.mark.parametrize("mode", ["lean", "static", "uncached"])
+def test_first_chunk_equals_an_uncached_pass_with_any_cache(mode):
     model = calm()
     ids = torch.tensor([[1, 7, 8, 9, 10]])
-    arguments = {"static": {"cache_implementation": "static"}, "uncached": {"use_cache": False}}.get(how, {})
-    text = write(model, ids, num_thoughts=2, **arguments)
-    # By hand: the prompt in chunks, two thoughts between markers, and everything again for every chunk.
+    arguments = {"static": {"cache_implementation": "static"}, "uncached": {"use_cache": False}}.get(mode, {})
+    text = generate(model, ids, num_thoughts=2, **arguments)
+    # By hand: one pass over the padded prompt and two thoughts between markers.
     tokens = [0, 1, 7, 8, 9, 10]
-    between = Thoughts(2, 1, 2).tokens(2)
-    batch = torch.tensor([[*tokens, *between]])
+    thoughts = Thoughts(2, 1, 2).tokens(2)
+    batch = torch.tensor([[*tokens, *thoughts]])
     mask = torch.ones_like(batch)
     state = model(batch, attention_mask=mask, is_thought=batch[:, ::2] == THOUGHT).last_hidden_state[:, -1]
     generator = generator_of_row(3, ids[0].tolist(), 0, torch.device("cpu"))
@@ -227,19 +229,18 @@ def test_ways_of_writing_agree(how):
     assert text[0, 5:7].tolist() == chunk[0].tolist()
 
 
-def loss_of(model, thoughts, mask=None):
+def loss_of(model, is_thought):
     size = getattr(model.config, "chunk_size", 1)
-    ids = torch.tensor([[7 + place % 20 for place in range(8 * size)]] * 2)
+    ids = torch.tensor([[7 + index % 20 for index in range(8 * size)]] * 2)
     labels = torch.full_like(ids, IGNORED_LABEL)
     labels[:, 6 * size :] = ids[:, 6 * size :]
     arguments = {"attention_mask": MASK.repeat_interleave(size, 1), "position_ids": POSITIONS}
     noise = {} if size == 1 else {"generator": torch.Generator().manual_seed(5)}
-    return model(ids, labels=labels, is_thought=thoughts, **arguments, **noise).loss
+    return model(ids, labels=labels, is_thought=is_thought, **arguments, **noise).loss
 
 
 @pytest.mark.parametrize("model", [tiny_llama, calm], ids=["llama", "sequential"])
-def test_loss_of_thoughts(model):
-    """It reads no token at a thought, and its gradient is that of central differences."""
+def test_gradient_of_the_loss_matches_central_differences(model):
     model = model()
     loss = loss_of(model, IS_THOUGHT)
     backbone = model.model if isinstance(model, LlamaForCausalLM) else model.backbone
@@ -254,13 +255,13 @@ def test_loss_of_thoughts(model):
     assert_close(float((weight.grad * direction).sum()), float(above - below) / (2 * step), rtol=5e-3, atol=0)
 
 
-def test_training_on_a_cpu_gives_the_loss_of_evaluation():
+def test_loss_in_training_equals_that_in_evaluation():
     model = tiny_llama()
     expected = loss_of(model, IS_THOUGHT)
     assert_close(loss_of(model.train(), IS_THOUGHT), expected)
 
 
-def test_pauses_in_several_passes_are_a_single_pass():
+def test_cached_passes_without_thoughts_equal_a_single_pass():
     model = tiny_llama().model
     inputs = torch.randn(2, 8, 16, dtype=torch.double)
     single = read_positions(model, inputs, MASK, POSITIONS)
@@ -273,7 +274,7 @@ def test_pauses_in_several_passes_are_a_single_pass():
 
 
 @pytest.mark.parametrize("model", [tiny_llama, calm], ids=["llama", "calm"])
-def test_states_are_fed_back_as_the_configuration_says(model):
+def test_states_are_rescaled_as_configured(model):
     model = model()
     model.config.thoughts = Thoughts(3, 1, 2, scale=0.7).as_dict()
     ids = torch.arange(5, 21).view(2, 8)
@@ -290,68 +291,68 @@ def test_states_are_fed_back_as_the_configuration_says(model):
 
 
 @pytest.mark.parametrize("model", [tiny_llama, calm], ids=["llama", "calm"])
-def test_pauses_are_the_first_marker_again(model):
+def test_pauses_repeat_the_first_marker(model):
     model, ids = model(), torch.tensor([[1, 5, 6, 7]])
     thoughts = Thoughts(3, 1, 2, "pause")
     size = getattr(model.config, "chunk_size", 1)
     assert thoughts.tokens(size) == [1] * 4 * size + [2] * size
-    spelled = torch.tensor([ids[0].tolist() + thoughts.tokens(size)])
+    spelled_out = torch.tensor([ids[0].tolist() + thoughts.tokens(size)])
     texts = []
-    for prompt, noted in ((ids, thoughts.as_dict()), (spelled, None)):
-        model.config.thoughts = noted
+    for prompt, entry in ((ids, thoughts.as_dict()), (spelled_out, None)):
+        model.config.thoughts = entry
         draws = {} if size == 1 else {"seed": None, "generator": torch.Generator().manual_seed(5)}
-        texts.append(write(model, prompt, **draws)[0, prompt.shape[1] :])
+        texts.append(generate(model, prompt, **draws)[0, prompt.shape[1] :])
     assert torch.equal(*texts)
 
 
-# What a configuration says.
+# Configurations and arguments.
 
 
-def test_a_plain_llama_loads_the_folder(tmp_path):
+def test_plain_llama_loads_a_folder_with_thoughts(tmp_path):
     model = tiny_llama()
     model.config.thoughts = Thoughts(2, 1, 2, scale=0.5).as_dict()
     model.save_pretrained(tmp_path)
     plain = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.double)
     ids = torch.tensor([[1, 7, 8, 9]])
     assert torch.equal(plain(ids).logits, model(ids).logits)
-    own = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.double)
-    assert thoughts_of(own.config) == Thoughts(2, 1, 2, scale=0.5)
-    trained = write(own, ids)
-    assert torch.equal(trained, write(own, ids, num_thoughts=2))
-    assert torch.equal(write(own, ids, num_thoughts=0), write(tiny_llama(), ids))
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.double)
+    assert thoughts_of(loaded.config) == Thoughts(2, 1, 2, scale=0.5)
+    text = generate(loaded, ids)
+    assert torch.equal(text, generate(loaded, ids, num_thoughts=2))
+    assert torch.equal(generate(loaded, ids, num_thoughts=0), generate(tiny_llama(), ids))
 
 
-def test_a_calm_takes_as_many_thoughts_as_it_was_trained_with(tmp_path):
+def test_calm_uses_as_many_thoughts_as_in_training(tmp_path):
     model = calm()
     model.config.thoughts = Thoughts(2, 1, 2).as_dict()
     model.save_pretrained(tmp_path)
     loaded = CalmForCausalLM.from_pretrained(tmp_path, dtype=torch.double)
     ids = torch.tensor([[1, 7, 8, 9]])
-    assert torch.equal(write(loaded, ids), write(model, ids, num_thoughts=2))
-    assert torch.equal(write(loaded, ids, num_thoughts=0), write(calm(), ids))
+    assert torch.equal(generate(loaded, ids), generate(model, ids, num_thoughts=2))
+    assert torch.equal(generate(loaded, ids, num_thoughts=0), generate(calm(), ids))
 
 
-def test_thoughts_take_room():
+def test_thoughts_count_towards_the_context():
     model = tiny_llama(max_position_embeddings=16)
-    said = (
+    message = (
         "has 3 tokens, thoughts and their markers take 8, and 8 new tokens are requested, more than the "
         "context of 16"
     )
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=8, num_thoughts=6)
     model = calm()
     longest = model.config.backbone.max_position_embeddings
     with pytest.raises(ValueError, match="context of"):
-        write(model, torch.tensor([[1, 5, 6]]), num_thoughts=longest)
+        generate(model, torch.tensor([[1, 5, 6]]), num_thoughts=longest)
 
 
-def test_beams_are_refused():
+def test_beam_search_is_refused():
     with pytest.raises(ValueError, match="num_beams"):
         tiny_llama().generate(torch.tensor([[1, 5]]), num_beams=2, num_thoughts=1)
 
 
-def test_streams_show_no_thought():
-    class Heard(transformers.generation.streamers.BaseStreamer):
+def test_streamers_do_not_see_thoughts():
+    class Recorder(transformers.generation.streamers.BaseStreamer):
         def __init__(self):
             self.tokens, self.ended = [], False
 
@@ -362,6 +363,6 @@ def test_streams_show_no_thought():
             self.ended = True
 
     for model in (tiny_llama(), calm()):
-        heard = Heard()
-        text = write(model, torch.tensor([[1, 5, 6]]), num_thoughts=3, streamer=heard)
-        assert heard.tokens == text[0].tolist() and heard.ended and THOUGHT not in heard.tokens
+        recorder = Recorder()
+        text = generate(model, torch.tensor([[1, 5, 6]]), num_thoughts=3, streamer=recorder)
+        assert recorder.tokens == text[0].tolist() and recorder.ended and THOUGHT not in recorder.tokens

@@ -1,4 +1,4 @@
-"""The model of tokens against the one of transformers that it is."""
+"""The token-level Llama, against the class of transformers that it extends."""
 
 import inspect
 import json
@@ -41,20 +41,20 @@ def loss_and_gradients(model, **arguments) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     "arguments", [{}, {"num_items_in_batch": torch.tensor(50)}, {"num_items_in_batch": 7}, {"labels": IDS}]
 )
-def test_it_learns_what_its_parent_learns(model, arguments):
+def test_losses_and_gradients_match_the_parent(model, arguments):
     assert_close(loss_and_gradients(model, **arguments), loss_and_gradients(parent_of(model), **arguments))
 
 
-def test_a_batch_without_targets_has_no_loss(model):
+def test_batch_without_targets_has_no_loss(model):
     loss, *gradients = loss_and_gradients(model, labels=torch.full_like(IDS, -100))
     assert loss == 0
     assert all((gradient == 0).all() for gradient in gradients)
 
 
-def test_training_alone_does_without_scores(model):
+def test_only_training_skips_the_logits(model):
     assert model(IDS, labels=LABELS).logits is None
-    found, expected = (each.eval()(IDS, labels=LABELS) for each in (model, parent_of(model)))
-    assert_close((found.loss, found.logits), (expected.loss, expected.logits))
+    actual, expected = (network.eval()(IDS, labels=LABELS) for network in (model, parent_of(model)))
+    assert_close((actual.loss, actual.logits), (expected.loss, expected.logits))
     assert_close(model.train()(IDS).logits, expected.logits)
 
 
@@ -70,33 +70,33 @@ def test_training_alone_does_without_scores(model):
         {"shift_labels": LABELS, "num_items_in_batch": 7},
     ],
 )
-def test_whoever_asks_for_more_than_a_loss_gets_it(model, arguments):
-    found, expected = (each(IDS, labels=LABELS, **arguments) for each in (model, parent_of(model)))
-    assert type(found) is type(expected) and len(found) == len(expected)
-    values = (each if isinstance(each, tuple) else each.values() for each in (found, expected))
-    for one, other in zip(*values, strict=True):
-        if not hasattr(one, "get_seq_length"):  # The cache, which has no values to compare.
-            assert_close(one, other)
+def test_requested_outputs_match_the_parent(model, arguments):
+    actual, expected = (network(IDS, labels=LABELS, **arguments) for network in (model, parent_of(model)))
+    assert type(actual) is type(expected) and len(actual) == len(expected)
+    values = (output if isinstance(output, tuple) else output.values() for output in (actual, expected))
+    for actual_value, expected_value in zip(*values, strict=True):
+        if not hasattr(actual_value, "get_seq_length"):  # The cache cannot be compared.
+            assert_close(actual_value, expected_value)
 
 
-def test_more_may_be_asked_for_by_the_configuration(model):
+def test_configuration_can_request_outputs(model):
     model.config.output_hidden_states = True
     assert len(model(IDS, labels=LABELS).hidden_states) == 3
 
 
 @pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions", "shift_labels", "return_dict"])
-def test_what_wrappers_leave_open_asks_for_nothing(name, model):
+def test_arguments_that_are_none_request_nothing(name, model):
     assert model(IDS, labels=LABELS, **{name: None}).logits is None
 
 
-def test_the_trainer_finds_what_it_hands_over(model):
-    """It drops the columns of a data set that no argument is named after."""
+def test_forward_has_the_arguments_that_the_trainer_passes(model):
+    """transformers' Trainer drops the columns of a data set that are no arguments of `forward`."""
     assert {"input_ids", "attention_mask", "position_ids", "labels"} <= set(
         inspect.signature(model.forward).parameters
     )
 
 
-def test_it_is_saved_over_another(model, tmp_path):
+def test_saving_over_another_model_leaves_an_intact_folder(model, tmp_path):
     model.save_pretrained(tmp_path)
     write_checksums(tmp_path)  # As a run does.
     with torch.no_grad():
@@ -105,9 +105,9 @@ def test_it_is_saved_over_another(model, tmp_path):
     check_intact(tmp_path)
 
 
-def test_its_folder_is_one_of_transformers(model, tmp_path):
+def test_saved_folder_loads_as_a_llama_of_transformers(model, tmp_path):
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
-    read = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(read) is transformers.LlamaForCausalLM
-    assert_close(read.state_dict(), dict(model.state_dict()))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is transformers.LlamaForCausalLM
+    assert_close(loaded.state_dict(), dict(model.state_dict()))

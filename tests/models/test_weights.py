@@ -1,4 +1,4 @@
-"""Folders of models that do not hold together are refused with one sentence, before memory is taken."""
+"""Damaged and inconsistent model folders are refused with one sentence, before memory is allocated."""
 
 import json
 import shutil
@@ -18,8 +18,8 @@ from calm.models.weights import read_headers
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
+def intact_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("intact")
     tokenizer = train_tokenizer(stories(0, 20), 300)
     tiny_model(vocab_size=320).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -27,8 +27,8 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture
-def folder(whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "model")
+def folder(intact_folder, tmp_path):
+    shutil.copytree(intact_folder, tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -71,70 +71,73 @@ CONFIGURATIONS = {
 
 
 @pytest.mark.parametrize(("name", "value", "message"), [(n, *v) for n, v in CONFIGURATIONS.items()])
-def test_a_configuration_out_of_range(name, value, message, folder):
+def test_configuration_out_of_range_is_refused(name, value, message, folder):
     set_in(folder / "config.json", name.strip(), value)
-    with pytest.raises(InputError, match=message) as told:
+    with pytest.raises(InputError, match=message) as raised:
         load_model(str(folder))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
-def test_a_user_who_loads_by_transformers_is_told_as_well(folder):
+def test_configuration_out_of_range_is_refused_by_from_pretrained(folder):
     set_in(folder / "config.json", "backbone_config.num_hidden_layers", 10**12)
     with pytest.raises(ValueError, match="num_hidden_layers must be at least 1 and at most 10,000"):
         CalmForCausalLM.from_pretrained(folder)
 
 
-def test_sizes_that_the_weights_do_not_have_take_no_memory(folder, monkeypatch):
-    """Refused by the headers: the model itself is never asked for."""
+def test_sizes_that_the_weights_do_not_have_allocate_no_memory(folder, monkeypatch):
+    """The headers are enough to refuse it; the model is never built."""
     set_in(folder / "config.json", "autoencoder_config.hidden_size", 10**6)
     monkeypatch.setattr(CalmForCausalLM, "from_pretrained", None)
     with pytest.raises(InputError, match=r"do not belong together|do not fit their configuration"):
         load_model(str(folder))
 
 
-def _changed(change):
-    def change_first(folder):
+def _change_first_matrix(change):
+    def change_weights(folder):
         weights = load_file(folder / "model.safetensors")
         name = next(name for name in sorted(weights) if weights[name].dim() == 2)
         weights[name] = change(weights[name])
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
-    return change_first
+    return change_weights
 
 
-def _lying(folder):
+def _claim_a_huge_header(folder):
     file = folder / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(struct.pack("<Q", 2**40) + content[8:])
 
 
 WEIGHTS = {
-    "NaN": (_changed(lambda weight: weight * float("nan")), "holds NaN or infinity"),
-    "infinity": (_changed(lambda weight: weight + float("inf")), "holds NaN or infinity"),
+    "NaN": (_change_first_matrix(lambda weight: weight * float("nan")), "holds NaN or infinity"),
+    "infinity": (_change_first_matrix(lambda weight: weight + float("inf")), "holds NaN or infinity"),
     "complex": (
-        _changed(lambda weight: weight.to(torch.complex64)),
+        _change_first_matrix(lambda weight: weight.to(torch.complex64)),
         "has dtype C64, which is not floating point",
     ),
     "whole numbers": (
-        _changed(lambda weight: weight.to(torch.int64)),
+        _change_first_matrix(lambda weight: weight.to(torch.int64)),
         "has dtype I64, which is not floating point",
     ),
-    "truth values": (_changed(lambda weight: weight > 0), "has dtype BOOL, which is not floating point"),
-    "another shape": (_changed(lambda weight: weight[:-1].contiguous()), "instead of"),
-    "a lying header": (_lying, "is truncated or damaged"),
+    "truth values": (
+        _change_first_matrix(lambda weight: weight > 0),
+        "has dtype BOOL, which is not floating point",
+    ),
+    "another shape": (_change_first_matrix(lambda weight: weight[:-1].contiguous()), "instead of"),
+    "a lying header": (_claim_a_huge_header, "is truncated or damaged"),
     "nothing": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "is truncated or damaged"),
     "no file": (lambda folder: (folder / "model.safetensors").unlink(), "there are no weights in"),
 }
 
 
 @pytest.mark.parametrize(("change", "message"), WEIGHTS.values(), ids=WEIGHTS)
-def test_weights_that_are_none(change, message, folder):
+def test_invalid_weights_are_refused(change, message, folder):
     change(folder)
     with pytest.raises(InputError, match=message):
         load_model(str(folder))
 
 
-def test_weights_of_another_shape_are_named_in_any_model(tmp_path):
+def test_wrong_shape_in_a_transformer_is_named(tmp_path):
     model = tiny_llama().float()
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -145,13 +148,13 @@ def test_weights_of_another_shape_are_named_in_any_model(tmp_path):
         load_transformer(str(tmp_path))
 
 
-def test_a_folder_without_a_tokenizer_is_called_that(tmp_path):
+def test_folder_without_a_tokenizer_is_refused(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"cannot load the tokenizer in .* \(it has no tokenizer files\)"):
         load_language_model_and_tokenizer(str(tmp_path))
 
 
-def test_a_folder_in_the_place_of_a_file(folder):
+def test_folder_in_place_of_the_weights_is_refused(folder):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").mkdir()
     with pytest.raises(InputError, match="there are no weights in"):
@@ -159,7 +162,7 @@ def test_a_folder_in_the_place_of_a_file(folder):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_weights_of_other_real_types_are_read(dtype, folder):
+def test_weights_of_other_floating_point_types_are_read(dtype, folder):
     weights = {name: weight.to(dtype) for name, weight in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     loaded = load_model(str(folder), dtype=torch.float32).state_dict()
@@ -167,36 +170,39 @@ def test_weights_of_other_real_types_are_read(dtype, folder):
 
 
 def test_shards_are_read(folder):
-    whole = load_model(str(folder)).state_dict()
+    expected = load_model(str(folder)).state_dict()
     model = load_model(str(folder))
     for file in folder.glob("*.safetensors"):
         file.unlink()
     model.save_pretrained(folder, max_shard_size="20KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 2
     assert read_headers(folder).keys() >= {name for name, _ in model.backbone.named_parameters("backbone")}
-    again = load_model(str(folder)).state_dict()
-    assert all((again[name] == weight).all() for name, weight in whole.items())
+    actual = load_model(str(folder)).state_dict()
+    assert all((actual[name] == weight).all() for name, weight in expected.items())
 
 
 INDICES = {
-    "elsewhere": ({"weight_map": {"a": "../model.safetensors"}}, "names a file outside its folder"),
-    "from the root": ({"weight_map": {"a": "/etc/passwd"}}, "names a file outside its folder"),
-    "missing": ({"weight_map": {"a": "none.safetensors"}}, "names 'none.safetensors', which is missing"),
+    "a parent folder": ({"weight_map": {"a": "../model.safetensors"}}, "names a file outside its folder"),
+    "an absolute path": ({"weight_map": {"a": "/etc/passwd"}}, "names a file outside its folder"),
+    "a missing file": (
+        {"weight_map": {"a": "none.safetensors"}},
+        "names 'none.safetensors', which is missing",
+    ),
     "numbers": ({"weight_map": {"a": 1}}, "has no weight_map of names"),
     "empty": ({"weight_map": {}}, "has no weight_map of names"),
-    "another": ({"metadata": {}}, "has no weight_map of names"),
+    "no map": ({"metadata": {}}, "has no weight_map of names"),
 }
 
 
 @pytest.mark.parametrize(("index", "message"), INDICES.values(), ids=INDICES)
-def test_indices_that_lead_astray(index, message, folder):
+def test_invalid_indices_of_shards_are_refused(index, message, folder):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(InputError, match=message):
         load_model(str(folder))
 
 
-BESIDE = {
+OTHER_FILES = {
     "generation_config.json": {
         "bos_token_id": ({}, "bos_token_id must be a token id"),
         "temperature": (float("nan"), "temperature must be at least 0 and finite"),
@@ -213,33 +219,41 @@ BESIDE = {
 }
 
 
-ALL_BESIDE = [(file, name, *rest) for file, fields in BESIDE.items() for name, rest in fields.items()]
+OTHER_SETTINGS = [
+    (file, name, *value) for file, fields in OTHER_FILES.items() for name, value in fields.items()
+]
 
 
-@pytest.mark.parametrize(("file", "name", "value", "message"), ALL_BESIDE)
-def test_settings_beside_a_model(file, name, value, message, folder):
+@pytest.mark.parametrize(("file", "name", "value", "message"), OTHER_SETTINGS)
+def test_invalid_settings_in_other_files_are_refused(file, name, value, message, folder):
     set_in(folder / file, name, value)
     with pytest.raises(InputError, match=message):
         load_language_model_and_tokenizer(str(folder))
 
 
-def vocabulary(file, change):
+def change_tokenizer(file, change):
     settings = json.loads(file.read_text())
     change(settings["model"]["vocab"], settings)
     file.write_text(json.dumps(settings))
 
 
 TOKENIZERS = {
-    "an id far beyond": (lambda vocab, _: vocab.update({"zzz": 10**6}), "1000000|more than the model"),
+    "an id beyond the vocabulary": (
+        lambda vocab, _: vocab.update({"zzz": 10**6}),
+        "1000000|more than the model",
+    ),
     "ids twice": (lambda vocab, _: vocab.update(dict.fromkeys(vocab, 5)), "tokenizer"),
     "no vocabulary": (lambda vocab, _: vocab.clear(), "tokenizer"),
-    "merges of nothing": (lambda _, all: all["model"].update(merges=[["qq", "zz"]]), "tokenizer"),
+    "merges of unknown tokens": (
+        lambda _, settings: settings["model"].update(merges=[["qq", "zz"]]),
+        "tokenizer",
+    ),
 }
 
 
 @pytest.mark.parametrize(("change", "message"), TOKENIZERS.values(), ids=TOKENIZERS)
-def test_tokenizers_that_are_absurd(change, message, folder):
-    vocabulary(folder / "tokenizer.json", change)
+def test_invalid_tokenizers_are_refused_or_harmless(change, message, folder):
+    change_tokenizer(folder / "tokenizer.json", change)
     try:
         _, tokenizer = load_language_model_and_tokenizer(str(folder))
     except InputError as error:
@@ -249,13 +263,13 @@ def test_tokenizers_that_are_absurd(change, message, folder):
         assert max(tokenizer.get_vocab().values()) < 320
 
 
-@pytest.mark.parametrize("place", ["return_dict", "backbone_config.return_dict"])
-def test_a_configuration_that_asks_for_tuples_writes_all_the_same(place, folder):
-    set_in(folder / "config.json", place, False)
+@pytest.mark.parametrize("field", ["return_dict", "backbone_config.return_dict"])
+def test_generation_works_if_tuples_are_configured(field, folder):
+    set_in(folder / "config.json", field, False)
     tokens = torch.tensor([[5, 6, 7, 8]])
     assert load_model(str(folder)).generate(tokens, max_new_tokens=4, seed=1).shape == (1, 8)
 
 
-def test_what_a_file_says_does_not_flood_a_message():
-    told = str(InputError("the start " + "x" * 10**6 + " the end"))
-    assert len(told) < 2100 and told.startswith("the start") and told.endswith("the end")
+def test_long_messages_are_shortened():
+    message = str(InputError("the start " + "x" * 10**6 + " the end"))
+    assert len(message) < 2100 and message.startswith("the start") and message.endswith("the end")

@@ -1,4 +1,4 @@
-"""What users of transformers and peft do with a model works, or is refused in one sentence."""
+"""What users of transformers and peft do with a model works, or is refused with one sentence."""
 
 import copy
 import pickle
@@ -14,14 +14,14 @@ TOKENS = torch.randint(3, 40, (2, 32), generator=torch.Generator().manual_seed(0
 
 @pytest.mark.parametrize("head_type", HEADS)
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
-def test_low_rank_adapters_by_peft(head_type, targets, tmp_path):
+def test_low_rank_adapters_of_peft(head_type, targets, tmp_path):
     model = tiny_model(head_config={"head_type": head_type})
     base = copy.deepcopy(model)
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=targets, r=2)
     adapted = peft.get_peft_model(model, config).train()
     adapted(input_ids=TOKENS, labels=TOKENS).loss.backward()
-    moved = [name for name, weight in adapted.named_parameters() if weight.grad is not None]
-    assert moved and all("lora_" in name for name in moved)
+    trained = [name for name, weight in adapted.named_parameters() if weight.grad is not None]
+    assert trained and all("lora_" in name for name in trained)
     with torch.no_grad():
         for name, weight in adapted.named_parameters():
             if "lora_B" in name:
@@ -31,15 +31,15 @@ def test_low_rank_adapters_by_peft(head_type, targets, tmp_path):
     text = adapted.generate(input_ids=prompt, **settings)
     assert text.shape[1] > 3
     adapted.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(base, tmp_path).eval()
-    assert (again.generate(input_ids=prompt, **settings) == text).all()
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    assert (loaded.generate(input_ids=prompt, **settings) == text).all()
     states = adapted(input_ids=TOKENS).last_hidden_state
-    merged = again.merge_and_unload()(input_ids=TOKENS).last_hidden_state
+    merged = loaded.merge_and_unload()(input_ids=TOKENS).last_hidden_state
     torch.testing.assert_close(merged, states, rtol=1e-4, atol=1e-4)
 
 
-def test_what_a_model_cannot_take_is_one_sentence():
-    """Prompt tuning would put vectors in the place of tokens."""
+def test_unsupported_inputs_and_adapters_are_refused():
+    """Prompt tuning would replace tokens by vectors."""
     with pytest.raises(
         ValueError, match="a CALM does not accept inputs_embeds, because it reads whole chunks"
     ):
@@ -54,7 +54,7 @@ def test_what_a_model_cannot_take_is_one_sentence():
         tiny_model()(TOKENS, color="red")
 
 
-def test_the_vocabulary_has_the_size_of_the_autoencoders():
+def test_vocabulary_cannot_be_resized():
     model = tiny_model()
     for size in (None, 40):
         assert model.resize_token_embeddings(size) is model.get_input_embeddings()
@@ -67,7 +67,7 @@ def test_the_vocabulary_has_the_size_of_the_autoencoders():
     model.tie_weights()
 
 
-def test_copies_shards_and_types(tmp_path):
+def test_copies_shards_and_dtypes(tmp_path):
     model = tiny_model()
     states = model(TOKENS).last_hidden_state
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -85,14 +85,14 @@ def test_copies_shards_and_types(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "chunk_size"])
-def test_sizes_are_not_changed_while_loading(name, tmp_path):
+def test_sizes_cannot_be_changed_while_loading(name, tmp_path):
     tiny_model().save_pretrained(tmp_path)
     for kind in (AutoConfig, AutoModelForCausalLM):
         with pytest.raises(ValueError, match=f"{name} is set in"):
             kind.from_pretrained(tmp_path, **{name: 96})
 
 
-def test_the_trainer_takes_the_model_as_it_is(tmp_path):
+def test_transformers_trainer_trains_the_model(tmp_path):
     model = tiny_model().train()
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
@@ -117,7 +117,7 @@ def test_the_trainer_takes_the_model_as_it_is(tmp_path):
     ],
     ids=lambda config: str(config.peft_type),
 )
-def test_other_adapters_by_peft(config):
+def test_other_adapters_of_peft(config):
     adapted = peft.get_peft_model(tiny_model(), config).train()
     adapted(input_ids=TOKENS, labels=TOKENS).loss.backward()
     trained = [weight for weight in adapted.parameters() if weight.requires_grad]
@@ -126,7 +126,7 @@ def test_other_adapters_by_peft(config):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_trainer_of_transformers_sees_the_loss_of_the_model(tmp_path, accumulation):
+def test_transformers_trainer_logs_the_loss_of_the_model(tmp_path, accumulation):
     """It would divide a loss that takes `num_items_in_batch` by the number of tokens, K times too many."""
     model = tiny_model(head_config={"head_type": "sequential"})
     ids = torch.randint(3, 40, (4, 16), generator=torch.Generator().manual_seed(2))

@@ -1,4 +1,4 @@
-"""What torch does otherwise on a GPU."""
+"""A CPU imitates what torch does differently on a GPU."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_without_autocast_nothing_is_cast():
 
 
 @pytest.mark.parametrize("is_gpu", [True, False])
-def test_where_tensors_lie(is_gpu):
+def test_tensors_claim_to_be_on_the_gpu(is_gpu):
     with AsGpu(is_gpu=is_gpu):
         assert X.is_cuda == is_gpu and X.is_cpu != is_gpu
     assert X.is_cpu

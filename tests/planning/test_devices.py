@@ -1,4 +1,4 @@
-"""Cards by name and in numbers."""
+"""Devices from the name of a card or from its figures."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import pytest
 from calm.errors import InputError
 from calm.planning.devices import CARDS, CardFigures, Device, Devices, devices_of
 
-NONE = CardFigures()
+NO_FIGURES = CardFigures()
 
 
 @pytest.mark.parametrize(
@@ -22,48 +22,48 @@ NONE = CardFigures()
         ("512xMI300X", 512, "MI300X"),
     ],
 )
-def test_names(text, count, card):
-    assert devices_of(text, NONE) == Devices(count, CARDS[card])
+def test_cards_by_name(text, count, card):
+    assert devices_of(text, NO_FIGURES) == Devices(count, CARDS[card])
 
 
-def test_numbers():
-    found = devices_of("4", CardFigures(memory=24, flops=80, bandwidth=900, watts=350))
-    assert found == Devices(4, Device("card in numbers", 24 * 2**30, 80e12, 80e12, 900e9, 350))
+def test_cards_by_figures():
+    devices = devices_of("4", CardFigures(memory=24, flops=80, bandwidth=900, watts=350))
+    assert devices == Devices(4, Device("card in numbers", 24 * 2**30, 80e12, 80e12, 900e9, 350))
     capped = devices_of("8xH100", CardFigures(watts=500)).device
     assert capped.watts == 500 and capped.half_flops == CARDS["H100"].half_flops
 
 
 @pytest.mark.parametrize(
-    ("text", "numbers", "said"),
+    ("text", "numbers", "message"),
     [
-        ("8xH10", NONE, "no card 'H10'.*use one of A100-40.*did you mean 'H100'"),
-        ("toaster", NONE, "no card 'toaster'; use one of A100-40, .*MI300X"),
-        ("4090", NONE, r"--devices 4090 names no card: add --memory, --flops, --bandwidth, --watts"),
+        ("8xH10", NO_FIGURES, "no card 'H10'.*use one of A100-40.*did you mean 'H100'"),
+        ("toaster", NO_FIGURES, "no card 'toaster'; use one of A100-40, .*MI300X"),
+        ("4090", NO_FIGURES, r"--devices 4090 names no card: add --memory, --flops, --bandwidth, --watts"),
         ("4", CardFigures(memory=24, watts=1), "--devices 4 names no card: add --flops, --bandwidth"),
-        ("0xH100", NONE, "the number of devices must be at least 1 .* got 0"),
-        ("-3xH100", NONE, "got -3"),
-        ("", NONE, "a count and a card, such as 8xH100"),
-        ("8x", NONE, "--devices 8 names no card"),
-        ("9" * 30 + "xH100", NONE, "number of devices must be"),
+        ("0xH100", NO_FIGURES, "the number of devices must be at least 1 .* got 0"),
+        ("-3xH100", NO_FIGURES, "got -3"),
+        ("", NO_FIGURES, "a count and a card, such as 8xH100"),
+        ("8x", NO_FIGURES, "--devices 8 names no card"),
+        ("9" * 30 + "xH100", NO_FIGURES, "number of devices must be"),
     ],
 )
-def test_mistakes_are_one_sentence(text, numbers, said):
-    with pytest.raises(InputError, match=said) as error:
+def test_mistakes_are_one_sentence(text, numbers, message):
+    with pytest.raises(InputError, match=message) as error:
         devices_of(text, numbers)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])
-def test_numbers_have_ranges(value):
+def test_figures_must_be_positive_and_finite(value):
     with pytest.raises(InputError, match="memory must be above 0"):
         CardFigures(memory=value)
 
 
-def test_the_table_is_plausible():
+def test_table_of_cards_is_plausible():
     """Newer cards do not lose to older ones of their kind, and half precision is the faster one."""
     for card in CARDS.values():
         assert card.half_flops > 1.9 * card.single_flops and 0 < card.usable < card.memory
-    line = [CARDS[name] for name in ("A100-40", "A100-80", "H100", "H200", "B200")]
-    for older, newer in itertools.pairwise(line):
+    generations = [CARDS[name] for name in ("A100-40", "A100-80", "H100", "H200", "B200")]
+    for older, newer in itertools.pairwise(generations):
         assert newer.memory >= older.memory and newer.half_flops >= older.half_flops
         assert newer.bandwidth > older.bandwidth

@@ -1,8 +1,8 @@
-"""Recipe -> the networks that it trains, without memory."""
+"""From a recipe to the networks that it trains, on fake tensors."""
 
 import pytest
 import torch
-from planning_recipes import really, stages
+from planning_recipes import build_network, stages
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import LlamaConfig
 
@@ -21,11 +21,11 @@ from calm.training.recipe_settings import shipped_recipes
         ("demo_baseline", ["language model"]),
     ],
 )
-def test_the_stages_are_those_of_training(recipe, names):
-    found = stages(recipe)
-    assert [stage.name for stage in found] == names
-    for stage in found:
-        network = really(stage)
+def test_stages_are_those_of_training(recipe, names):
+    planned = stages(recipe)
+    assert [stage.name for stage in planned] == names
+    for stage in planned:
+        network = build_network(stage)
         assert [(name, p.shape, p.requires_grad) for name, p in stage.network.named_parameters()] == [
             (name, p.shape, p.requires_grad) for name, p in network.named_parameters()
         ]
@@ -40,23 +40,22 @@ def test_every_shipped_recipe_can_be_planned(recipe, tmp_path):
     assert stages_of(with_settings(read, source))
 
 
-def test_fine_tuning_trains_all_or_adapters():
-    whole = read_recipe_of(FinetuningRecipe, "full")
-    whole.model = "stories"
-    [all_of_it] = stages_of(whole)
-    whole.lora = LoraSettings(rank=4)
-    [adapters] = stages_of(whole)
+def test_fine_tuning_trains_all_weights_or_only_adapters():
+    recipe = read_recipe_of(FinetuningRecipe, "full")
+    recipe.model = "stories"
+    [full] = stages_of(recipe)
+    recipe.lora = LoraSettings(rank=4)
+    [adapters] = stages_of(recipe)
     counts = [
-        sum(p.numel() for p in stage.network.parameters() if p.requires_grad)
-        for stage in (all_of_it, adapters)
+        sum(p.numel() for p in stage.network.parameters() if p.requires_grad) for stage in (full, adapters)
     ]
     assert 0 < counts[1] < counts[0] / 5 and adapters.adapted is not None
 
 
-def test_a_batch_is_what_the_network_is_called_with():
-    """Run for real, the losses of a batch are those of its shape."""
+def test_planned_batch_can_be_passed_to_a_real_network():
+    """Its loss is a finite number."""
     for stage in stages():
-        network = really(stage)
+        network = build_network(stage)
         torch.manual_seed(0)
         loss = network(**stage.batch(2)).loss
         assert loss.isfinite() and loss.ndim == 0
@@ -65,7 +64,7 @@ def test_a_batch_is_what_the_network_is_called_with():
 
 
 @pytest.mark.parametrize(
-    ("settings", "devices", "said"),
+    ("settings", "devices", "message"),
     [
         ({}, 3, r"training.batch_tokens must be a multiple of 192 \(blocks of 64 tokens x 3 processes\)"),
         (
@@ -86,20 +85,20 @@ def test_a_batch_is_what_the_network_is_called_with():
         ),
     ],
 )
-def test_mistakes_are_those_of_training(settings, devices, said):
-    with pytest.raises(InputError, match=said):
+def test_mistakes_are_refused_as_in_training(settings, devices, message):
+    with pytest.raises(InputError, match=message):
         stages(devices=devices, **settings)
 
 
-def test_attention_of_a_package_that_is_not_here_is_planned():
+def test_attention_of_a_missing_package_can_be_planned():
     recipe = with_settings(read_recipe("demo"), {"language_model.attention": "flash_attention_2"})
     assert stages_of(recipe)[-1].network.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize(("asked", "planned"), [("auto", "bf16"), ("bf16", "bf16"), ("fp32", "fp32")])
-def test_the_precision_is_what_a_gpu_would_get(asked, planned):
-    both = {f"{part}__training__precision": asked for part in ("autoencoder", "language_model")}
-    assert [stage.settings.precision for stage in stages(**both)] == [planned, planned]
+@pytest.mark.parametrize(("requested", "planned"), [("auto", "bf16"), ("bf16", "bf16"), ("fp32", "fp32")])
+def test_the_precision_is_what_a_gpu_would_get(requested, planned):
+    settings = {f"{part}__training__precision": requested for part in ("autoencoder", "language_model")}
+    assert [stage.settings.precision for stage in stages(**settings)] == [planned, planned]
 
 
 def test_fine_tuning_needs_a_model():

@@ -1,4 +1,4 @@
-"""An ablation as a Markdown file."""
+"""An ablation as Markdown, as JSON, and on a terminal."""
 
 import datetime
 import json
@@ -11,10 +11,10 @@ from calm.report.measured import AblationTable, Outcome
 
 SCORE = {"brier_lm": 12.0, "error": 0.5, "brier_1": 40.0, "brier_2": 20.0, "brier_3": 8.0, "brier_4": 3.0}
 DATE = datetime.datetime(2026, 7, 9, tzinfo=datetime.timezone.utc)
-MADE = Provenance(DATE, "A processor, 2 cores", {"torch": "3.4"})
+PROVENANCE = Provenance(DATE, "A processor, 2 cores", {"torch": "3.4"})
 
 
-def written(tmp_path, name="one", seconds=None, **changes) -> list[str]:
+def written_lines(tmp_path, name="one", seconds=None, **changes) -> list[str]:
     outcome = Outcome(name, 1e12, 1_234_567, 4.7, [SCORE | {"token_accuracy": 99.0}] * 2, seconds or [])
     values = {
         "question": "Which?",
@@ -23,15 +23,15 @@ def written(tmp_path, name="one", seconds=None, **changes) -> list[str]:
         "outcomes": [outcome],
         "recipe": "seed: 1\n",
     }
-    write_ablation(AblationTable(**{**values, "provenance": MADE, **changes}), tmp_path / "ablation.md")
+    write_ablation(AblationTable(**{**values, "provenance": PROVENANCE, **changes}), tmp_path / "ablation.md")
     return (tmp_path / "ablation.md").read_text(encoding="utf-8").splitlines()
 
 
-def test_the_file_says_when_where_and_with_what(tmp_path):
-    lines = written(tmp_path)
+def test_file_has_provenance_scores_costs_and_recipe(tmp_path):
+    lines = written_lines(tmp_path)
     assert lines[0] == "Which?" and lines[2] == "9 July 2026 · A processor, 2 cores · torch 3.4"
-    heads = [cell.strip() for cell in lines[4].split("|")[1:-1]]
-    cells = dict(zip(heads, (cell.strip() for cell in lines[6].split("|")[1:-1]), strict=True))
+    columns = [cell.strip() for cell in lines[4].split("|")[1:-1]]
+    cells = dict(zip(columns, (cell.strip() for cell in lines[6].split("|")[1:-1]), strict=True))
     assert cells[""] == "one" and cells["seed 1"] == "12.00 ± 0.50" and cells["mean"] == "12.00 ± 0.00"
     assert cells["tokens reconstructed"] == "99.00%"
     assert (cells["parameters"], cells["training FLOPs"], cells["in the paper"]) == ("1.23 M", "1 T", "4.70")
@@ -40,27 +40,29 @@ def test_the_file_says_when_where_and_with_what(tmp_path):
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [([60.0, 100.0], "80 s"), ([60.0, None], ""), ([], "")])
-def test_the_time_is_a_mean_where_it_is_known(seconds, shown, tmp_path):
-    lines = written(tmp_path, seconds=seconds)
-    place = [cell.strip() for cell in lines[4].split("|")].index("training time")
-    assert lines[6].split("|")[place].strip() == shown
+def test_time_is_the_mean_over_seeds_if_all_are_known(seconds, shown, tmp_path):
+    lines = written_lines(tmp_path, seconds=seconds)
+    column = [cell.strip() for cell in lines[4].split("|")].index("training time")
+    assert lines[6].split("|")[column].strip() == shown
 
 
-def test_what_costs_leave_out_is_told(tmp_path):
+def test_excluded_costs_are_named(tmp_path):
     outcome = Outcome(
         "one", 1e12, 10**6, None, [SCORE | {"token_accuracy": 99.0}] * 2, excluded=("its part",)
     )
-    note = next(line for line in written(tmp_path, outcomes=[outcome]) if "one column for each seed" in line)
+    note = next(
+        line for line in written_lines(tmp_path, outcomes=[outcome]) if "one column for each seed" in line
+    )
     assert note.endswith("The costs of one do not include the training of its part.")
 
 
-def test_names_are_to_the_left_and_numbers_to_the_right(tmp_path):
-    marks = [cell.strip() for cell in written(tmp_path)[5].split("|")[1:-1]]
-    assert marks == [":---", *["---:"] * (len(marks) - 1)]
+def test_names_are_left_aligned_and_numbers_right_aligned(tmp_path):
+    alignments = [cell.strip() for cell in written_lines(tmp_path)[5].split("|")[1:-1]]
+    assert alignments == [":---", *["---:"] * (len(alignments) - 1)]
 
 
-def test_what_is_not_known_of_the_making_is_left_out(tmp_path):
-    lines = written(tmp_path, provenance=Provenance())
+def test_unknown_provenance_is_left_out(tmp_path):
+    lines = written_lines(tmp_path, provenance=Provenance())
     assert lines[0] == "Which?" and lines[2].startswith("|")
 
 
@@ -68,20 +70,21 @@ def test_what_is_not_known_of_the_making_is_left_out(tmp_path):
     ("name", "shown"),
     [("a | b", "a \\| b"), ("a\nb", "a b"), ("<script>", "&lt;script&gt;"), ("β = ½", "β = ½")],
 )
-def test_a_name_stays_in_its_cell(name, shown, tmp_path):
-    lines = written(tmp_path, name, question=name)
+def test_special_characters_do_not_break_the_table(name, shown, tmp_path):
+    lines = written_lines(tmp_path, name, question=name)
     assert lines[0] == shown and lines[6].startswith(f"| {shown} | 12.00")
 
 
-def test_the_figures_are_the_same_whenever_they_are_written(tmp_path):
-    written(tmp_path)
+def test_json_has_the_figures_without_provenance(tmp_path):
+    """So the same ablation gives the same file at any time."""
+    written_lines(tmp_path)
     figures = json.loads((tmp_path / "ablation.json").read_text())
     assert set(figures) == {"question", "seeds", "context", "layout", "outcomes"}
     assert figures["outcomes"][0]["parameters"] == 1_234_567
 
 
 @pytest.mark.parametrize("first", [SCORE, SCORE | {"brier_lm": 0.0, "brier_4": -0.1}])
-def test_nothing_that_is_printed_is_cut_short(first, capsys):
+def test_printed_table_is_not_truncated(first, capsys):
     scores = [score | {"token_accuracy": 99.0} for score in (first, SCORE)]
     outcome = Outcome("no posterior draws", 1e12, 10**6, 4.7, scores, [700.0, 800.0])
     print_ablation(AblationTable("Which?", [1, 2], 64, [outcome], "seed: 1\n"))

@@ -14,15 +14,19 @@ FLOORS = {"3-gram": STRONG, "5-gram": WEAK}
 
 def history(steps=1000, last=7.0):
     every = max(1, steps // 50)
-    first = [{"step": step, "loss": 30.0 / step} for step in range(1, steps + 1, every)]
-    second = [{"step": step, "loss": 9.0 - 12 * step / steps} for step in range(1, steps + 1, every)]
-    exact = {"eval_token_accuracy": 99.9991, "eval_chunk_accuracy": 99.9989}
-    first += [{"step": steps // 2, **exact}, {"step": steps, **exact}, {"train_runtime": 3.0}]
-    second += [
+    autoencoder = [{"step": step, "loss": 30.0 / step} for step in range(1, steps + 1, every)]
+    language_model = [{"step": step, "loss": 9.0 - 12 * step / steps} for step in range(1, steps + 1, every)]
+    reconstruction = {"eval_token_accuracy": 99.9991, "eval_chunk_accuracy": 99.9989}
+    autoencoder += [
+        {"step": steps // 2, **reconstruction},
+        {"step": steps, **reconstruction},
+        {"train_runtime": 3.0},
+    ]
+    language_model += [
         {"step": steps // 2, "eval_brier_lm": 0.0, "eval_brier_1": 9.0, "eval_cross_entropy": 3.0},
         {"step": steps, "eval_brier_lm": last, "eval_brier_1": 12.0, "eval_cross_entropy": 2.9},
     ]
-    return {AUTOENCODER: first, LANGUAGE_MODEL: second}
+    return {AUTOENCODER: autoencoder, LANGUAGE_MODEL: language_model}
 
 
 def axis_of(panels, word):
@@ -32,7 +36,7 @@ def axis_of(panels, word):
 
 @pytest.mark.parametrize("steps", [1, 2, 680, 99_999, 1_000_000])
 @pytest.mark.parametrize("perplexity", [None, PerplexityResult(2.0, 100)])
-def test_all_panels_can_be_read(steps, perplexity):
+def test_all_panels_are_readable(steps, perplexity):
     panels = panels_of_run(history(steps), Scorecard("CALM", STRONG, perplexity=perplexity, floors=FLOORS))
     assert len(panels) == 5
     for panel in panels:
@@ -54,16 +58,16 @@ def test_losses_have_their_units():
 
 
 @pytest.mark.parametrize("last", [0.0, 7.0])
-def test_the_curve_of_a_run_is_what_is_defined(last):
+def test_curve_is_of_brier_1_if_brier_lm_is_undefined(last):
     card = Scorecard("CALM", STRONG if last else WEAK, floors=FLOORS)
     axis = axis_of(panels_of_run(history(last=last), card), "BrierLM" if last else "Brier-1")
     *floors, line = axis.get_lines()
     assert list(line.get_ydata()) == ([7.0] if last else [9.0, 12.0])
-    heights = [23.403] if last else [50.0, 12.0]  # A floor without BrierLM is not shown by it.
+    heights = [23.403] if last else [50.0, 12.0]  # A floor whose BrierLM is undefined is left out.
     assert [floor.get_ydata()[0] for floor in floors] == pytest.approx(heights, abs=0.01)
 
 
-def test_what_was_not_logged_has_no_panel():
+def test_no_panel_for_what_was_not_logged():
     card = Scorecard("CALM", STRONG, floors=FLOORS)
     assert panels_of_run({}, card) == []
     assert panels_of_run({AUTOENCODER: [], LANGUAGE_MODEL: [{"train_runtime": 1.0}]}, card) == []

@@ -1,4 +1,4 @@
-"""What is known of a run, and what is not."""
+"""Facts about a run, some of which may be unknown."""
 
 import datetime
 from importlib.metadata import version
@@ -11,26 +11,31 @@ from calm.report.facts import Provenance, RunFacts, StageFacts, here_and_now
 
 
 def test_the_provenance_of_this_process():
-    made = here_and_now()
-    assert made.date.tzinfo is not None and abs(datetime.datetime.now().astimezone() - made.date).days == 0
-    assert made.software == {
+    provenance = here_and_now()
+    assert (
+        provenance.date.tzinfo is not None
+        and abs(datetime.datetime.now().astimezone() - provenance.date).days == 0
+    )
+    assert provenance.software == {
         "calm": calm.__version__,
         "torch": torch.__version__,
         "transformers": version("transformers"),
     }
-    assert made.words[0] == made.day and made.words[1] == made.hardware == device_name()
+    assert (
+        provenance.words[0] == provenance.day and provenance.words[1] == provenance.hardware == device_name()
+    )
     assert here_and_now(8).hardware == f"8 x {device_name()}"
-    assert f"torch {torch.__version__}" in made.words
+    assert f"torch {torch.__version__}" in provenance.words
 
 
-def test_what_is_not_known_is_not_said():
+def test_unknown_provenance_is_left_out():
     assert Provenance().words == [] and Provenance().day is None
     date = datetime.datetime(2026, 7, 9, 23, 59, tzinfo=datetime.timezone.utc)
     assert Provenance(date=date).words == ["9 July 2026"]
     assert Provenance(hardware="A processor").words == ["A processor"]
 
 
-def test_sums_are_known_where_all_of_their_parts_are():
+def test_sums_are_known_if_all_their_parts_are():
     first = StageFacts("autoencoder", 10, 1000, flops=2e9, seconds=3.0)
     second = StageFacts("language_model", 20, 4000, flops=5e9, seconds=4.0)
     facts = RunFacts("CALM", {"head": 1}, [first, second], has_trained_autoencoder=True)

@@ -1,4 +1,4 @@
-"""Figures as JSON that any reader takes."""
+"""Figures as JSON that every parser accepts."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from calm.evaluation.perplexity import PerplexityResult
 from calm.report.figures import as_json, values_of_scorecard, write_figures
 
 
-def test_what_is_not_a_finite_number_is_null(tmp_path):
+def test_non_finite_numbers_are_null(tmp_path):
     write_figures(
         {"a": [1.5, math.nan, {"b": (math.nan, 2, math.inf, -math.inf)}], "c": "nan"}, tmp_path / "a.json"
     )
@@ -21,7 +21,7 @@ def test_what_is_not_a_finite_number_is_null(tmp_path):
 
 
 @pytest.mark.parametrize(("nats", "perplexity"), [(math.log(20), 20), (709, math.exp(709)), (710, None)])
-def test_a_perplexity_beyond_the_range_of_a_float_is_null(nats, perplexity):
+def test_perplexity_beyond_the_range_of_a_float_is_null(nats, perplexity):
     result = PerplexityResult(nats, 5000)
     assert result.perplexity == pytest.approx(math.inf if perplexity is None else perplexity)
     card = Scorecard("autoregressive", STRONG, perplexity=result)

@@ -46,10 +46,10 @@ def visit(chromium, reports):
         context = chromium.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
         opened.append(context)
         page = context.new_page()
-        asked = []
-        page.on("request", lambda request: asked.append(request.url))
+        requested = []
+        page.on("request", lambda request: requested.append(request.url))
         page.goto((reports / f"{name}.html").as_uri())
-        assert [url[:5] for url in asked if not url.startswith("data:")] == ["file:"]
+        assert [url[:5] for url in requested if not url.startswith("data:")] == ["file:"]
         return page
 
     yield open_page
@@ -65,33 +65,33 @@ def colour(rgb):
 @pytest.mark.parametrize("width", [320, 390, 1280])
 def test_nothing_is_wider_than_the_screen(name, width, visit):
     page = visit(name, width)
-    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    page.evaluate("document.querySelectorAll('details').forEach(element => element.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     for box in page.locator(".plots img, .key > div, h1, article, pre").all():
-        inside = box.bounding_box()
-        assert inside["x"] >= 0 and inside["x"] + inside["width"] <= width
-    assert page.locator(".scroll").first.evaluate("one => getComputedStyle(one).overflowX") == "auto"
+        bounds = box.bounding_box()
+        assert bounds["x"] >= 0 and bounds["x"] + bounds["width"] <= width
+    assert page.locator(".scroll").first.evaluate("element => getComputedStyle(element).overflowX") == "auto"
 
 
 @pytest.mark.parametrize("name", ["run", "comparison"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_page_and_plots_follow_the_scheme_of_the_reader(name, scheme, visit):
+def test_page_and_plots_follow_the_readers_colour_scheme(name, scheme, visit):
     page = visit(name, scheme=scheme)
-    look = page.evaluate(
+    colours = page.evaluate(
         "(({color, backgroundColor}) => [color, backgroundColor])(getComputedStyle(document.body))"
     )
     palette = SCHEMES[scheme]
-    assert [colour(rgb) for rgb in look] == [palette.ink, palette.paper]
+    assert [colour(rgb) for rgb in colours] == [palette.ink, palette.paper]
     images = page.locator(".plots img")
     assert images.count() > 0
     for image in images.all():
-        assert image.evaluate("one => one.complete && one.naturalWidth") > 100
+        assert image.evaluate("element => element.complete && element.naturalWidth") > 100
         source = "source" if scheme == "dark" else "img"
-        shown, given = image.evaluate(
-            f"one => [one.currentSrc, one.parentElement.querySelector('{source}')"
+        shown, declared = image.evaluate(
+            f"element => [element.currentSrc, element.parentElement.querySelector('{source}')"
             f".getAttribute('{'srcset' if scheme == 'dark' else 'src'}')]"
         )
-        assert shown == given
+        assert shown == declared
 
 
 def test_a_printed_page_is_light(visit):
@@ -100,24 +100,24 @@ def test_a_printed_page_is_light(visit):
     assert colour(page.evaluate("getComputedStyle(document.body).backgroundColor")) == LIGHT.paper
 
 
-def test_the_recipe_is_folded_away_until_it_is_asked_for(visit):
+def test_recipe_is_collapsed_until_clicked(visit):
     page = visit("run")
     assert page.locator("pre").is_hidden()
     page.get_by_text("All settings of this run").click()
     assert page.locator("pre").is_visible()
 
 
-def test_prose_begins_at_the_left_and_numbers_end_at_the_right(visit):
+def test_prose_is_left_aligned_and_numbers_right_aligned(visit):
     page = visit("run")
     for text in page.locator("p, li, article, th[scope=row]").all():
-        assert text.evaluate("one => getComputedStyle(one).textAlign") in ("left", "start")
+        assert text.evaluate("element => getComputedStyle(element).textAlign") in ("left", "start")
     for number in page.locator("td.number").all():
-        assert number.evaluate("one => getComputedStyle(one).textAlign") == "right"
+        assert number.evaluate("element => getComputedStyle(element).textAlign") == "right"
 
 
-def test_plots_can_be_read_on_a_phone(visit):
+def test_plots_are_readable_on_a_phone(visit):
     page = visit("comparison", 390)
     for image in page.locator(".plots img").all():
-        shown = image.bounding_box()
-        drawn = image.evaluate("one => Number(one.getAttribute('width'))")
-        assert 9 * 96 / 72 * shown["width"] / drawn >= 10  # Pixels of what is written with 9 points.
+        bounds = image.bounding_box()
+        full_width = image.evaluate("element => Number(element.getAttribute('width'))")
+        assert 9 * 96 / 72 * bounds["width"] / full_width >= 10  # Size of 9-point text in pixels.

@@ -1,4 +1,4 @@
-"""What models are called."""
+"""Display names of models."""
 
 import pytest
 from reports import result_of
@@ -16,7 +16,7 @@ from calm.report.names import model_name, names_of
         (1, None, False, "Transformer"),
     ],
 )
-def test_a_model_is_called_what_it_is(chunk_size, head, with_head, name):
+def test_name_has_chunk_size_and_head(chunk_size, head, with_head, name):
     assert model_name(chunk_size, head, with_head=with_head) == name
 
 
@@ -36,6 +36,6 @@ BASELINE = {"head": None, "chunk_size": 1}
         ([BASELINE, BASELINE, {}], ["Transformer (a)", "Transformer (b)", "CALM, K = 4"]),
     ],
 )
-def test_heads_and_runs_are_named_where_models_are_alike_without_them(models, names):
+def test_names_include_head_and_run_only_to_tell_models_apart(models, names):
     assert names_of([result_of(run, **model) for run, model in zip("abc", models, strict=False)]) == names
     assert len(set(names)) == len(names)

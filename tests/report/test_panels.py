@@ -1,4 +1,4 @@
-"""Plots in which nothing lies on anything else."""
+"""Panels and their legends: readable, without overlaps, in light and dark colours."""
 
 import base64
 import re
@@ -41,7 +41,7 @@ def panel_of(names=("one",), floors=None, xs=(1, 2), log=False):
     ],
 )
 @pytest.mark.parametrize("log", [False, True])
-def test_ticks_have_room(xs, log):
+def test_tick_labels_do_not_overlap(xs, log):
     check_readable(figure_of([panel_of(xs=xs, log=log)], columns=1))
 
 
@@ -57,22 +57,22 @@ NAMES = {
 
 @pytest.mark.parametrize("names", NAMES)
 @pytest.mark.parametrize("columns", [1, 2])
-def test_a_legend_lies_beside_the_axes(names, columns):
+def test_legend_does_not_overlap_the_axes(names, columns):
     floors = {"3-gram": 0.1, "5-gram": 0.2}
     figure = figure_of([panel_of(NAMES[names], floors)] * (2 * columns), columns, titled=True)
     (legend,) = figure.legends
     check_readable(figure)
     assert len(legend.get_texts()) == len(NAMES[names]) + 2
     heights = [axis.get_window_extent().height for axis in figure.axes]
-    assert min(heights) > 100  # Pixels: the figure has grown for the legend.
+    assert min(heights) > 100  # Pixels; the figure grows to make room for the legend.
 
 
-def test_what_has_one_name_needs_no_legend():
+def test_single_series_has_no_legend():
     assert not figure_of([panel_of()], columns=1).legends
     assert not figure_of([panel_of(NAMES["many"])], columns=1, legend=False).legends
 
 
-def test_a_picture_has_the_same_shapes_for_both_schemes():
+def test_light_and_dark_pictures_differ_only_in_colours():
     picture = picture_of(panel_of(NAMES["several"], {"3-gram": 0.5}))
     drawings = []
     for uri in (picture.light, picture.dark):
@@ -91,7 +91,7 @@ def test_a_picture_has_the_same_shapes_for_both_schemes():
     assert picture == picture_of(panel_of(NAMES["several"], {"3-gram": 0.5}))
 
 
-def test_a_file_shows_all_panels(tmp_path):
+def test_png_file_shows_all_panels(tmp_path):
     write_png([panel_of()] * 3, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert len(figure_of([panel_of()] * 3, columns=2).axes) == 3

@@ -18,7 +18,7 @@ def heights_in(axis):
     return {round(float(y), 6) for line in axis.get_lines() for y in line.get_ydata()}
 
 
-def at(number):
+def temperature_points(number):
     """Temperature points that differ from model to model."""
     return [
         TemperaturePoint(
@@ -32,7 +32,7 @@ def at(number):
 @pytest.mark.parametrize(
     ("flops", "seconds"), [(1e9, 0.4), (1.7604e12, 95.0), (1.7604e12, 7201.0), (1e21, 4e6)]
 )
-def test_all_panels_can_be_read(number, flops, seconds):
+def test_all_panels_are_readable(number, flops, seconds):
     results = [
         result_of(
             f"run {k}",
@@ -40,7 +40,7 @@ def test_all_panels_can_be_read(number, flops, seconds):
             training_flops=flops * (1 + k / 1000),  # Equal FLOPs, as in a ladder.
             seconds=seconds * (1 + k / 10),
             checkpoints=rising(flops, cross_entropy=2.0 + k / 1e4),
-            temperature_points=at(k / 100),
+            temperature_points=temperature_points(k / 100),
         )
         for k in range(number)
     ]
@@ -51,7 +51,7 @@ def test_all_panels_can_be_read(number, flops, seconds):
             check_readable(figure_of([panel], columns=1, legend=False))
 
 
-def test_costs_are_those_of_the_models():
+def test_cost_panels_show_the_costs_of_the_models():
     comparison = comparison_of(result_of(checkpoints=rising()), result_of("baseline", **BASELINE))
     axes = axes_of(cost_panels(comparison))
     assert list(axes) == ["Training FLOPs", "Training time", "Writing at T = 1", "Writing at T = 0.5"]
@@ -63,38 +63,38 @@ def test_costs_are_those_of_the_models():
     assert axes_of(cost_panels(slow))["Training time"].get_xlabel() == "hours, autoencoder included"
 
 
-def test_costs_that_leave_something_out_are_not_said_to_include_it():
+def test_labels_do_not_claim_to_include_excluded_costs():
     comparison = comparison_of(result_of(), result_of("K8", chunk_size=8, excluded=("its autoencoder",)))
     axes = axes_of(cost_panels(comparison))
     assert axes["Training FLOPs"].get_xlabel() == "FLOPs, what a run trained"
     assert axes["Training time"].get_xlabel() == "minutes, what a run trained"
 
 
-def test_what_is_known_of_no_model_is_left_out():
-    mere = result_of(training_flops=None, seconds=None)
-    assert [panel.title for panel in cost_panels(comparison_of(mere))] == [
+def test_costs_that_no_model_has_are_left_out():
+    without_costs = result_of(training_flops=None, seconds=None)
+    assert [panel.title for panel in cost_panels(comparison_of(without_costs))] == [
         "Writing at T = 1",
         "Writing at T = 0.5",
     ]
-    both = cost_panels(comparison_of(mere, result_of("K8", chunk_size=8)))
-    assert len(both) == 4
-    assert figure_of([both[0]], columns=1, legend=False).axes[0].get_legend_handles_labels()[1] == [
+    panels = cost_panels(comparison_of(without_costs, result_of("K8", chunk_size=8)))
+    assert len(panels) == 4
+    assert figure_of([panels[0]], columns=1, legend=False).axes[0].get_legend_handles_labels()[1] == [
         "3-gram", "CALM, K = 8",
     ]  # fmt: skip
     assert len(cost_panels(comparison_of(result_of(), temperature=1.0))) == 3
 
 
-def test_a_comparison_of_weak_models_goes_by_brier_1():
-    passed = [Checkpoint(5e11, None, 8.0), Checkpoint(8e11, None, 9.0)]
-    comparison = comparison_of(result_of("weaker", WEAKER), result_of("weak", WEAK, passed))
+def test_weak_models_are_compared_by_brier_1():
+    checkpoints = [Checkpoint(5e11, None, 8.0), Checkpoint(8e11, None, 9.0)]
+    comparison = comparison_of(result_of("weaker", WEAKER), result_of("weak", WEAK, checkpoints))
     axis = axes_of(cost_panels(comparison))["Training FLOPs"]
     assert axis.get_ylabel() == "Brier-1 (%)"
     assert {10.0, 12.0, 50.0, 8.0, 9.0} <= heights_in(axis)  # Models, floor, and checkpoints.
 
 
-def test_a_comparison_of_strong_models_goes_by_brier_lm():
-    passed = [Checkpoint(5e11, None, 8.0), Checkpoint(6e11, 12.0, 20.0)]
-    axis = axes_of(cost_panels(comparison_of(result_of("one", STRONG, passed))))["Training FLOPs"]
+def test_strong_models_are_compared_by_brier_lm():
+    checkpoints = [Checkpoint(5e11, None, 8.0), Checkpoint(6e11, 12.0, 20.0)]
+    axis = axes_of(cost_panels(comparison_of(result_of("one", STRONG, checkpoints))))["Training FLOPs"]
     assert 12.0 in heights_in(axis) and 8.0 not in heights_in(axis)
 
 
@@ -107,7 +107,7 @@ def test_the_first_temperature_has_an_open_marker():
     assert list(first.get_xdata()) == pytest.approx([40]) and first.get_markerfacecolor() == "#ffffff"
 
 
-def test_correlations_are_told_where_there_are_enough_checkpoints():
+def test_correlation_needs_enough_checkpoints_that_differ():
     baseline = result_of("baseline", checkpoints=rising(cross_entropy=3.0), **BASELINE)
     comparison = comparison_of(result_of(checkpoints=rising()), baseline)
     assert correlations(comparison) == ["Transformer: correlation -1.000 over 4 checkpoints."]
@@ -118,7 +118,7 @@ def test_correlations_are_told_where_there_are_enough_checkpoints():
     assert cross_entropy_panels(comparison_of(few, same)) == [] == correlations(comparison_of(few, same))
 
 
-def test_the_legend_of_a_page_is_that_of_its_plots():
+def test_legend_of_a_page_matches_its_plots():
     comparison = comparison_of(result_of(), result_of("baseline", **BASELINE), floors={"3-gram": STRONG})
     entries = legend_of(comparison)
     assert [entry.name for entry in entries] == ["CALM, K = 4", "Transformer", "3-gram"]

@@ -1,4 +1,4 @@
-"""The report of one run is one page, whatever kind of run it is."""
+"""The report of one run as a page, for every kind of run."""
 
 import datetime
 import html
@@ -14,8 +14,8 @@ from calm.evaluation.reconstruction import ReconstructionResult
 from calm.report.facts import AUTOENCODER, LANGUAGE_MODEL, Provenance, RunFacts, StageFacts
 from calm.report.run import RunReport, Sample, read_history, write_report
 
-NOW = datetime.datetime(2026, 7, 9, 14, 5, tzinfo=datetime.timezone.utc)
-PROVENANCE = Provenance(NOW, "A processor, 2 cores", {"calm": "1.2", "torch": "3.4"})
+DATE = datetime.datetime(2026, 7, 9, 14, 5, tzinfo=datetime.timezone.utc)
+PROVENANCE = Provenance(DATE, "A processor, 2 cores", {"calm": "1.2", "torch": "3.4"})
 STAGES = {
     AUTOENCODER: StageFacts(AUTOENCODER, 1100, 2_252_800, 3.1e12, 300.0),
     LANGUAGE_MODEL: StageFacts(LANGUAGE_MODEL, 680, 2_785_280, 7.5e12, 431.0),
@@ -82,7 +82,7 @@ KINDS = {
 }
 
 
-def written(tmp_path, report) -> Page:
+def written_page(tmp_path, report) -> Page:
     write_report(tmp_path / "report.html", report)
     return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
 
@@ -95,7 +95,7 @@ def key_figures(page):
 def test_every_kind_of_run_has_its_report(kind, tmp_path):
     make, num_plots = KINDS[kind]
     report = make()
-    page = written(tmp_path, report)
+    page = written_page(tmp_path, report)
     assert page.texts("h1") == page.texts("title") == ["A run"]
     assert page.texts("p", **{"class": "subtitle"}) == [report.facts.model]
     assert page.texts("h2") == ["Held-out text", "Training", "Parameters", "What it writes", "Recipe"]
@@ -106,17 +106,17 @@ def test_every_kind_of_run_has_its_report(kind, tmp_path):
     assert set(page.attributes("source", "media")) == {"screen and (prefers-color-scheme: dark)"}
     assert all(page.attributes("img", "alt"))
     assert report.facts.model in page.texts("th", scope="row")
-    shown = key_figures(page)
-    assert shown["BrierLM"] == "23.40 ± 0.70" and shown["Parameters"] == "1.23 k"
-    assert shown.get("Perplexity") == ("20.00" if report.card.perplexity else None)
-    exact = report.facts.has_trained_autoencoder
-    assert shown.get("Reconstruction") == ("99.90%" if exact else None)
-    assert ("ceiling" in page.texts("th", scope="row")) == exact
+    figures = key_figures(page)
+    assert figures["BrierLM"] == "23.40 ± 0.70" and figures["Parameters"] == "1.23 k"
+    assert figures.get("Perplexity") == ("20.00" if report.card.perplexity else None)
+    has_reconstruction = report.facts.has_trained_autoencoder
+    assert figures.get("Reconstruction") == ("99.90%" if has_reconstruction else None)
+    assert ("ceiling" in page.texts("th", scope="row")) == has_reconstruction
     assert ("autoencoder" in page.texts("th", scope="row")) == (len(report.facts.stages) == 2)
 
 
-def test_what_is_known_of_a_run_stands_in_its_head(tmp_path):
-    page = written(tmp_path, calm(facts=facts(provenance=PROVENANCE)))
+def test_header_shows_provenance_and_costs(tmp_path):
+    page = written_page(tmp_path, calm(facts=facts(provenance=PROVENANCE)))
     assert page.texts("li") == ["9 July 2026", "A processor, 2 cores", "calm 1.2", "torch 3.4"]
     assert page.attributes("time", "datetime") == ["2026-07-09T14:05:00+00:00"]
     assert key_figures(page) == {
@@ -127,17 +127,17 @@ def test_what_is_known_of_a_run_stands_in_its_head(tmp_path):
         "Training FLOPs": "10.6 T",
         "Training time": "12 min",
     }
-    stages = ["steps", "tokens", "FLOPs", "time"]
-    assert [text for text in page.texts("th", scope="col") if text in stages] == stages
+    columns = ["steps", "tokens", "FLOPs", "time"]
+    assert [text for text in page.texts("th", scope="col") if text in columns] == columns
     cells = page.texts("td", **{"class": "number"})
     assert "1,100 2.25 M 3.1 T 5 min 680 2.79 M 7.5 T 7 min" in " ".join(cells)
     assert cells[-3:] == ["1,000", "234", "1,234"]
 
 
-def test_what_is_not_known_is_left_out(tmp_path):
+def test_unknown_values_are_left_out(tmp_path):
     stages = [StageFacts(LANGUAGE_MODEL, 680, 2_785_280)]
     report = calm(facts=RunFacts("CALM, K = 4, energy head", {"head": 1}, stages, True))
-    page = written(tmp_path, report)
+    page = written_page(tmp_path, report)
     assert not page.texts("time") and not page.texts("li")
     assert not {"Training FLOPs", "Training time"} & set(key_figures(page))
     assert not {"FLOPs", "time"} & set(page.texts("th", scope="col"))
@@ -145,25 +145,25 @@ def test_what_is_not_known_is_left_out(tmp_path):
 
 
 def test_a_run_without_samples_or_logs_has_a_page_without_them(tmp_path):
-    page = written(tmp_path, calm(samples=[], history={}))
+    page = written_page(tmp_path, calm(samples=[], history={}))
     assert "What it writes" not in page.texts("h2") and not page.texts("picture")
-    page = written(tmp_path, calm(history={AUTOENCODER: [], LANGUAGE_MODEL: [{"seconds": 2.0}]}))
+    page = written_page(tmp_path, calm(history={AUTOENCODER: [], LANGUAGE_MODEL: [{"seconds": 2.0}]}))
     assert not page.texts("picture")
 
 
-def test_texts_and_the_recipe_are_shown_as_they_are(tmp_path):
-    page = written(tmp_path, calm())
+def test_samples_and_recipe_are_shown_verbatim(tmp_path):
+    page = written_page(tmp_path, calm())
     (article,) = page.texts("article")
     assert article == "One <day> a dog ran. The text itself: … a cat slept."
     assert page.texts("b") == ["One <day>"]
     assert page.texts("details") == ["All settings of this run seed: 1 # <recipe>"]
-    assert "open" not in dict(next(own for name, own, _ in page.elements if name == "details"))
+    assert "open" not in dict(next(attributes for name, attributes, _ in page.elements if name == "details"))
 
 
 @pytest.mark.parametrize(
     "text", ["</p><script>alert(1)</script>", "{{ 7 * 7 }}", "\ud7ff\u202e\0", "x" * 5000]
 )
-def test_hostile_texts_are_texts(text, tmp_path):
+def test_hostile_texts_are_escaped(text, tmp_path):
     samples = [Sample(text, text, text)]
     write_report(tmp_path / "report.html", calm(title=text, samples=samples, recipe=text))
     source = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -171,30 +171,30 @@ def test_hostile_texts_are_texts(text, tmp_path):
     assert source.count(html.escape(text)) >= 5
 
 
-def test_a_run_without_brier_lm_says_why(tmp_path):
-    page = written(tmp_path, calm(card=Scorecard("CALM", WEAK, RECONSTRUCTION)))
+def test_undefined_brier_lm_is_explained(tmp_path):
+    page = written_page(tmp_path, calm(card=Scorecard("CALM", WEAK, RECONSTRUCTION)))
     assert key_figures(page)["BrierLM"] == "undefined"
     assert "Brier-4 below 0; Brier-1 is 12.00" in page.texts("dd", **{"class": "note"})
     assert "undefined: Brier-4 below 0" in page.texts("td")
 
 
-def test_the_best_floor_stands_beside_the_score(tmp_path):
+def test_best_floor_is_shown_with_the_score(tmp_path):
     card = Scorecard("CALM", STRONG, floors={"3-gram": WEAK, "5-gram": STRONG})
-    assert "5-gram model: 23.40" in written(tmp_path, calm(card=card)).texts("dd", **{"class": "note"})
-    page = written(tmp_path, calm(card=Scorecard("CALM", STRONG, floors={"3-gram": WEAK})))
+    assert "5-gram model: 23.40" in written_page(tmp_path, calm(card=card)).texts("dd", **{"class": "note"})
+    page = written_page(tmp_path, calm(card=Scorecard("CALM", STRONG, floors={"3-gram": WEAK})))
     assert not [note for note in page.texts("dd", **{"class": "note"}) if "gram" in note]
 
 
-def test_the_best_floor_stands_beside_the_perplexity(tmp_path):
+def test_best_floor_is_shown_with_the_perplexity(tmp_path):
     floors = {"3-gram": PerplexityResult(math.log(40), 100), "5-gram": PerplexityResult(math.log(30), 100)}
     card = Scorecard(
         "CALM", STRONG, perplexity=PerplexityResult(math.log(20), 100), floor_perplexities=floors
     )
-    notes = written(tmp_path, calm(card=card)).texts("dd", **{"class": "note"})
+    notes = written_page(tmp_path, calm(card=card)).texts("dd", **{"class": "note"})
     assert "2.996 nats per token; 5-gram model: 30.00" in notes
 
 
-def test_a_damaged_history_is_one_sentence(tmp_path):
+def test_damaged_history_is_refused(tmp_path):
     (tmp_path / "history.json").write_text("[1]")
     with pytest.raises(InputError, match=r"history\.json' is damaged"):
         read_history(tmp_path / "history.json")

@@ -48,21 +48,21 @@ def test_numbers_have_three_digits_and_a_unit(number, text):
         (12_000, "3 h 20 min"), (200_000, "55 h 33 min"),
     ],
 )  # fmt: skip
-def test_a_time_has_the_unit_that_suits_it(seconds, text):
+def test_duration_has_a_suitable_unit(seconds, text):
     assert duration(seconds) == text
 
 
-def test_a_page_has_room_for_spaces():
+def test_spaces_around_plus_minus():
     assert spaced("-1.20±0.10") == "-1.20 ± 0.10" and spaced("undefined") == "undefined"
 
 
-def test_a_number_has_its_error_where_there_is_one():
+def test_number_has_its_error_if_known():
     assert with_error(12.347, 0.678) == "12.35 ± 0.68"
     assert with_error(1.0, math.nan) == "1.00"
     assert with_error(1.0, math.nan, sign="+") == "+1.00"
 
 
-def test_a_narrow_table_cuts_no_word_short():
+def test_narrow_table_truncates_no_word():
     table = narrow_table(["", "a column"], [["name", "undefined: Brier-4"], ["another", "1"]])
     console = Console(width=24)
     with console.capture() as captured:
@@ -71,7 +71,7 @@ def test_a_narrow_table_cuts_no_word_short():
     assert {"undefined:", "Brier-4", "another", "column"} <= set(words) and "…" not in captured.get()
 
 
-def test_what_a_terminal_has_no_room_for_is_not_lost():
+def test_table_too_wide_for_the_terminal_loses_nothing():
     console = Console(width=20)
     with console.capture() as captured:
         print_narrow(console, ["", "a_long_column", "another_one"], [["name", "1", "the_last_cell"]])
@@ -83,7 +83,7 @@ def test_floors_come_before_the_model_and_ceilings_after_it():
     assert [name for name, _ in rows_of(card)] == ["5-gram", "CALM", "exact"]
 
 
-def test_a_scorecard_says_what_was_measured_and_only_that(capsys):
+def test_scorecard_shows_only_what_was_measured(capsys):
     print_scorecard(Scorecard("CALM", GOOD))
     out = capsys.readouterr().out
     assert "1,234 held-out chunks, blocks of 64 tokens, layout documents" in out and "23.40±0.70" in out
@@ -99,25 +99,25 @@ def test_a_scorecard_says_what_was_measured_and_only_that(capsys):
     )
     out = capsys.readouterr().out
     assert "99.900% of tokens, 99.000% of chunks" in out
-    told = " ".join(out.split())
-    assert "perplexity 20.000 (2.9957 nats per token, 5,000 tokens); 3-gram model: 50.000" in told
+    text = " ".join(out.split())
+    assert "perplexity 20.000 (2.9957 nats per token, 5,000 tokens); 3-gram model: 50.000" in text
 
 
-def test_costs_are_told_by_part_with_their_sum(capsys):
+def test_costs_are_shown_by_part_with_their_sum(capsys):
     inference = {"head": 1e6, "backbone": 2e6}
-    one = Cost(parameters={"head": 10, "backbone": 20}, training={"head": 3.0}, inference=inference)
-    many = Cost(parameters={}, training={}, inference={"head": 5e6, "backbone": 2e6})
-    print_costs("a model", one, many, 7.0)
+    one_draw = Cost(parameters={"head": 10, "backbone": 20}, training={"head": 3.0}, inference=inference)
+    many_draws = Cost(parameters={}, training={}, inference={"head": 5e6, "backbone": 2e6})
+    print_costs("a model", one_draw, many_draws, 7.0)
     rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
     cells = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
     assert cells["head"] == ["10", "3", "1 M", "5 M"] and cells["backbone"] == ["20", "", "2 M", "2 M"]
     assert cells["all"] == ["30", "3", "3 M", "7 M"]
-    print_costs("a model", one, None, 1.0)
+    print_costs("a model", one_draw, None, 1.0)
     out = capsys.readouterr().out
     assert "draws" not in out and "thought" not in out
 
 
-def test_what_thoughts_add_is_told_below_the_table(capsys):
+def test_cost_of_thoughts_is_below_the_table(capsys):
     print_costs("a model", Cost(), None, 1.0, CostOfThoughts(1200, 2.5e8, 3.01e11))
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "a thought takes 250 M; 1,200 thoughts and 2 markers add 301 G to an answer"

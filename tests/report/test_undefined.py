@@ -1,4 +1,4 @@
-"""Where BrierLM is undefined, tables say why, and orders go by Brier-1."""
+"""Where BrierLM is undefined, tables say why, and models are ranked by Brier-1."""
 
 import math
 
@@ -28,13 +28,13 @@ def test_the_reason_names_the_lowest_order(means, reason):
     assert (brier_lm(means) > 0) == (reason is None)
 
 
-def test_cells_say_why():
+def test_cell_says_why_brier_lm_is_undefined():
     orders = ["12.00±1.00", "1.00±1.00", "0.20±1.00", "-0.10±1.00"]
     assert cells_of(WEAK) == ["undefined: Brier-4 below 0", *orders]
     assert cells_of(STRONG)[0] == "23.40±0.70"
 
 
-def test_a_comparison_of_weak_models_says_why(tmp_path, capsys):
+def test_comparison_of_weak_models_says_why(tmp_path, capsys):
     weak = comparison_of(result_of("weaker", WEAKER, chunk_size=8), result_of("weak", WEAK))
     assert _best(weak).name == "weak"
     print_comparison(weak)
@@ -47,7 +47,7 @@ def test_a_comparison_of_weak_models_says_why(tmp_path, capsys):
     assert any("Brier-1 (BrierLM is undefined for some)" in text for text in page.texts("p"))
 
 
-def test_an_ablation_tells_how_many_seeds_have_none(tmp_path):
+def test_ablation_counts_seeds_whose_brier_lm_is_undefined(tmp_path):
     scores = [
         {"brier_lm": 12.0, "error": 0.5, "brier_1": 40.0, "brier_2": 20.0, "brier_3": 8.0, "brier_4": 3.0},
         {"brier_lm": 0.0, "error": math.nan, "brier_1": 9.0, "brier_2": 1.0, "brier_3": 0.1, "brier_4": -0.1},
@@ -58,7 +58,7 @@ def test_an_ablation_tells_how_many_seeds_have_none(tmp_path):
     assert "| 12.00 ± 0.50 | undefined: Brier-4 below 0 | undefined for 1 of 2 | 24.50 |" in row
 
 
-def test_training_says_why():
+def test_training_log_says_why():
     figures = {"brier_lm": 0.0, "brier_1": 9.0, "brier_2": 1.0, "brier_3": -0.1, "brier_4": 0.2}
     assert _formatted("brier_lm", figures) == "undefined (Brier-3 below 0)"
     assert _formatted("brier_lm", figures | {"brier_lm": 12.3456}) == "12.35"

@@ -19,7 +19,7 @@ from calm.core.brier import (
 from calm.evaluation.brier import FromDraws, evaluate_brier
 from calm.evaluation.steps import DrawScorer
 
-# The model's chain and the text's own, over three tokens; the model is a little wrong.
+# The chains of the model and of the text, over three tokens; the model is slightly wrong.
 MODEL = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.25, 0.05, 0.7]], dtype=torch.float64)
 TRUTH = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.6, 0.2], [0.1, 0.1, 0.8]], dtype=torch.float64)
 
@@ -33,9 +33,9 @@ def sums_over_paths(max_order, first_VV, second_VV):
 
     Products along paths are entries of powers of the elementwise product.
     """
-    start_V, one_V = stationary(TRUTH), torch.ones(3, dtype=torch.float64)
+    start_V, ones_V = stationary(TRUTH), torch.ones(3, dtype=torch.float64)
     power = torch.linalg.matrix_power
-    return [float(start_V @ power(first_VV * second_VV, n) @ one_V) for n in range(1, max_order + 1)]
+    return [float(start_V @ power(first_VV * second_VV, n) @ ones_V) for n in range(1, max_order + 1)]
 
 
 def exact_means(max_order):
@@ -98,11 +98,11 @@ def scorer_of_chain(chunk_size):
 @pytest.mark.parametrize("num_draws", [2, 5])
 @pytest.mark.parametrize("chunk_size", [1, 2, 3, 4, 6, 8])
 def test_means_of_a_markov_chain_for_every_chunk_size(chunk_size, num_draws):
-    sampler = scorer_of_chain(chunk_size)
-    size = sampler.chunk_size
+    scorer = scorer_of_chain(chunk_size)
+    size = scorer.chunk_size
     blocks = [text_blocks(100, 40 * size, size, seed) for seed in range(5)]
     result = evaluate_brier(
-        sampler, blocks, eos_token_id=None, pad_token_id=0, seed=chunk_size, num_draws=num_draws
+        scorer, blocks, eos_token_id=None, pad_token_id=0, seed=chunk_size, num_draws=num_draws
     )
     assert result.num_chunks == 5 * 100 * 39
     for mean, error, exact in zip(result.means, result.errors, exact_means(size), strict=True):
@@ -114,25 +114,25 @@ def test_means_of_a_markov_chain_for_every_chunk_size(chunk_size, num_draws):
 
 
 @pytest.mark.parametrize("chunk_size", [2, 4])
-def test_standard_errors_cover(chunk_size):
+def test_standard_errors_have_the_right_coverage(chunk_size):
     """In 400 repetitions the true value lies within 1.96 standard errors about 95% of the time."""
-    sampler = scorer_of_chain(chunk_size)
+    scorer = scorer_of_chain(chunk_size)
     exact = torch.tensor(exact_means(4), dtype=torch.float64)
     covered, repetitions = torch.zeros(5), 400
     for repetition in range(repetitions):
-        # Short documents and their starts make scores of a document depend on each other.
+        # Short documents: the scores of a document depend on each other.
         blocks = [text_blocks(60, 24, 4, 1000 + repetition)]
-        result = evaluate_brier(sampler, blocks, eos_token_id=None, pad_token_id=0, seed=repetition)
+        result = evaluate_brier(scorer, blocks, eos_token_id=None, pad_token_id=0, seed=repetition)
         means, errors = torch.tensor(result.means), torch.tensor(result.errors)
         covered[:4] += (means - exact).abs() < 1.96 * errors
         covered[4] += abs(result.brier_lm - brier_lm(exact)) < 1.96 * result.brier_lm_error
-    # Four standard deviations of the share of 400 draws of chance 0.95 are 0.044.
+    # Four standard deviations of the share of 400 draws with probability 0.95 are 0.044.
     assert (covered / repetitions).min() > 0.90
     assert (covered / repetitions).max() < 0.995
 
 
-def test_the_error_of_a_difference_covers_and_is_smaller():
-    """The text's own chain against the model's, on the same documents."""
+def test_error_of_a_difference_has_the_right_coverage_and_is_smaller():
+    """The chain of the text against that of the model, on the same documents."""
     right, wrong = ChainSampler(4, TRUTH), ChainSampler(4)
     exact = torch.tensor(sums_over_paths(4, TRUTH, TRUTH), dtype=torch.float64)  # 2 hit - collision = hit.
     difference = brier_lm(exact) - brier_lm(exact_means(4))
@@ -140,26 +140,26 @@ def test_the_error_of_a_difference_covers_and_is_smaller():
     for repetition in range(repetitions):
         blocks = [text_blocks(60, 24, 4, 5000 + repetition)]
         settings = {"eos_token_id": None, "pad_token_id": 0, "num_draws": 16}
-        one, other = (
+        right_result, wrong_result = (
             evaluate_brier(FromDraws(sampler), blocks, seed=seed + 2 * repetition, **settings)
             for seed, sampler in enumerate((right, wrong))
         )
-        seen, error = brier_lm_difference(one.documents, other.documents)
-        assert seen == pytest.approx(one.brier_lm - other.brier_lm)
-        covered += abs(seen - difference) < 1.96 * error
-        ratios.append(error / math.hypot(one.brier_lm_error, other.brier_lm_error))
+        measured, error = brier_lm_difference(right_result.documents, wrong_result.documents)
+        assert measured == pytest.approx(right_result.brier_lm - wrong_result.brier_lm)
+        covered += abs(measured - difference) < 1.96 * error
+        ratios.append(error / math.hypot(right_result.brier_lm_error, wrong_result.brier_lm_error))
     assert 0.90 < covered / repetitions < 0.995
     assert max(ratios) < 0.95
     assert difference > 0
 
 
-def test_a_difference_of_nothing_and_of_other_documents():
+def test_difference_of_equal_undefined_and_incomparable_scores():
     generator = torch.Generator().manual_seed(2)
     scores, document = torch.rand(60, 4, generator=generator), torch.arange(60) // 3
     sums = DocumentSums.of_positions(scores, document)
     assert brier_lm_difference(sums, sums) == pytest.approx((0, 0), abs=1e-6)
-    nothing = DocumentSums.of_positions(-scores, document)
-    difference, error = brier_lm_difference(sums, nothing)
+    undefined = DocumentSums.of_positions(-scores, document)
+    difference, error = brier_lm_difference(sums, undefined)
     assert difference == pytest.approx(brier_lm(sums.means_X)) and math.isnan(error)
     with pytest.raises(ValueError, match="only be compared on the same documents"):
         brier_lm_difference(sums, DocumentSums.of_positions(scores[:-1], document[:-1]))
@@ -176,29 +176,29 @@ def test_errors_take_the_documents_into_account():
     assert_close(single.covariance_XX.diagonal(), once.var(0) / 50)
 
 
-def test_parts_add_up_to_the_whole():
+def test_sums_of_parts_add_up():
     generator = torch.Generator().manual_seed(1)
     scores, document = torch.rand(90, 4, generator=generator), torch.arange(90) // 4
-    whole = DocumentSums.of_positions(scores, document)
-    # The cut at 42 parts a document: its two halves are one document again.
+    expected = DocumentSums.of_positions(scores, document)
+    # The cut at 42 splits a document, whose two parts have to be joined again.
     cuts = [(0, 42), (42, 60), (60, 90)]
     parts = [DocumentSums.of_positions(scores[a:b], document[a:b]) for a, b in cuts]
-    joined = DocumentSums.concat(parts)
-    for one, other in zip(vars(whole).values(), vars(joined).values(), strict=True):
-        assert_close(one, other)
-    assert whole.num_positions == 90 and len(whole.count_D) == 23
-    assert_close(whole.means_X, scores.double().mean(0))
+    actual = DocumentSums.concat(parts)
+    for name, value in vars(expected).items():
+        assert_close(getattr(actual, name), value)
+    assert expected.num_positions == 90 and len(expected.count_D) == 23
+    assert_close(expected.means_X, scores.double().mean(0))
 
 
-def test_no_error_of_a_single_document_or_of_a_zero():
+def test_no_error_for_a_single_document_or_a_mean_of_zero():
     one = DocumentSums.of_positions(torch.rand(5, 4), torch.zeros(5, dtype=torch.long))
     assert one.covariance_XX.isnan().all()
     assert math.isnan(brier_lm_error(one.means_X, one.covariance_XX))
     assert math.isnan(brier_lm_error(torch.tensor([0.5, 0.2, 0.0, 0.1]), torch.eye(4)))
 
 
-def test_the_error_of_brier_lm_is_its_gradient_by_the_covariance():
-    """Finite differences in place of the formula."""
+def test_error_of_brier_lm_follows_from_its_gradient():
+    """The reference is the delta method with a gradient by finite differences."""
     means = torch.tensor([0.4, 0.2, 0.1, 0.05], dtype=torch.float64)
     factor = torch.randn(4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     covariance = factor @ factor.T * 1e-6

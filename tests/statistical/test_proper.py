@@ -32,7 +32,7 @@ def test_any_other_distribution_scores_worse(alpha, weight, spread):
     assert excess.mean() > 3 * excess.std() / NUM_POSITIONS**0.5
 
 
-def test_the_mean_alone_scores_worse_though_its_squared_error_is_least():
+def test_mean_scores_worse_despite_its_lower_squared_error():
     generator = torch.Generator().manual_seed(8)
     targets = two_modes(1, 0.7, 0.3, generator)
     draws = two_modes(4, 0.7, 0.3, generator)

@@ -60,14 +60,14 @@ def tempered(p_V, temperature):
 
 
 def p_value(outcomes, p_V, temperature):
-    """Chi-square, with outcomes expected fewer than 5 times put together."""
+    """Of a chi-square test in which outcomes expected fewer than 5 times are merged."""
     expected = tempered(p_V, temperature) * len(outcomes)
     observed = torch.bincount(outcomes, minlength=len(p_V)).double()
     common = expected >= 5
     observed = torch.cat([observed[common], observed[~common].sum()[None]])
     expected = torch.cat([expected[common], expected[~common].sum()[None]])
-    kept = expected > 0
-    return stats.chisquare(observed[kept].numpy(), expected[kept].numpy()).pvalue
+    is_possible = expected > 0
+    return stats.chisquare(observed[is_possible].numpy(), expected[is_possible].numpy()).pvalue
 
 
 def expected_draws(p_V, temperature):
@@ -82,7 +82,7 @@ def expected_draws(p_V, temperature):
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_exact_sampling_has_the_tempered_distribution_and_the_expected_cost(name, temperature):
+def test_exact_sampling_has_the_right_distribution_and_expected_cost(name, temperature):
     p_V = DISTRIBUTIONS[name]
     outcomes, needed = run_exact(p_V, temperature)
     assert p_value(outcomes, p_V, temperature) > 1e-3
@@ -92,7 +92,7 @@ def test_exact_sampling_has_the_tempered_distribution_and_the_expected_cost(name
 
 @pytest.mark.parametrize("first_block", [1, 3, 64])
 @pytest.mark.parametrize("temperature", [0.7, 0.37, 1 / 3])
-def test_the_distribution_does_not_depend_on_the_blocks(first_block, temperature):
+def test_exact_sampling_does_not_depend_on_the_block_size(first_block, temperature):
     outcomes, needed = run_exact(DISTRIBUTIONS["peaked"], temperature, first_block, seed=first_block)
     assert p_value(outcomes, DISTRIBUTIONS["peaked"], temperature) > 1e-3
     error = needed.double().std().item() / math.sqrt(len(needed))
@@ -101,8 +101,8 @@ def test_the_distribution_does_not_depend_on_the_blocks(first_block, temperature
     )
 
 
-def test_a_small_budget_changes_the_distribution_the_same_way_for_every_block():
-    """What a budget decides is a matter of the draws, not of how they were grouped."""
+def test_effect_of_a_small_budget_does_not_depend_on_the_block_size():
+    """What it decides depends on the draws, not on how they are grouped."""
     p_V = DISTRIBUTIONS["zipf"]
     tables = []
     for first_block in (1, 5, 12):
@@ -123,16 +123,16 @@ def test_a_small_budget_changes_the_distribution_the_same_way_for_every_block():
     assert 0.1 < counts[:, 1::2].sum() / counts.sum() < 0.9
 
 
-def test_pool_sampling_tends_to_the_tempered_distribution():
+def test_pool_sampling_converges_to_the_tempered_distribution():
     distances = {}
     for temperature in (0.7, 0.5, 0.37):
         for size in (5, 20, 100, 400):
-            p_V, found = DISTRIBUTIONS["zipf"], 0
+            p_V, counts = DISTRIBUTIONS["zipf"], 0
             draw, randomness = draws_of(p_V, size), torch.Generator().manual_seed(0)
             for _ in range(10):
                 chosen = sample_from_pool(draw(size, torch.arange(2_000)), temperature, randomness).chunks_RK
-                found = found + torch.bincount(chosen[:, 0] * 7 + chosen[:, 1], minlength=50)
-            distance = 0.5 * (found / found.sum() - tempered(p_V, temperature)).abs().sum()
+                counts = counts + torch.bincount(chosen[:, 0] * 7 + chosen[:, 1], minlength=50)
+            distance = 0.5 * (counts / counts.sum() - tempered(p_V, temperature)).abs().sum()
             distances[temperature, size] = distance.item()
         falling = [distances[temperature, size] for size in (5, 20, 100, 400)]
         assert falling == sorted(falling, reverse=True) and falling[-1] < 0.06, falling
@@ -147,7 +147,7 @@ def no_second_stage(number_RN, n, lifetime_RN=None, find=temperature_module.find
 
 
 def first_row_for_all(number_RN, n, lifetime_RN=None, find=temperature_module.find_accepted):
-    """The candidate of the first decided row serves all rows that are decided."""
+    """The winner of the first decided row is used for all decided rows."""
     winner_R, needed_R = find(number_RN, n, lifetime_RN)
     decided = winner_R[winner_R >= 0]
     return torch.where(winner_R >= 0, decided[0] if len(decided) else -1, winner_R), needed_R
@@ -164,7 +164,7 @@ def no_restart(number_RN, n, lifetime_RN=None, find=None):
     ("fault", "temperature"),
     [(one_more, 0.5), (no_second_stage, 0.37), (first_row_for_all, 0.5), (no_restart, 0.5)],
 )
-def test_a_planted_fault_is_found(monkeypatch, fault, temperature):
+def test_planted_fault_is_detected(monkeypatch, fault, temperature):
     monkeypatch.setattr(temperature_module, "find_accepted", fault)
     outcomes, _ = run_exact(DISTRIBUTIONS["peaked"], temperature, num_samples=20_000)
     assert p_value(outcomes, DISTRIBUTIONS["peaked"], temperature) < 1e-6

@@ -1,3 +1,5 @@
+"""Files of JSON lines: what ends a line, and damaged files."""
+
 import json
 
 import pytest

@@ -1,4 +1,4 @@
-"""Folders are emptied and replaced so that a kill at any moment loses nothing."""
+"""A kill while a folder is emptied or replaced loses nothing; only what calm wrote is replaced at all."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from calm.storage.folders import atomic_folder, check_file, check_inputs_outside
 from calm.storage.ours import FINETUNED, MODEL, PREPARED, TRAINED, check_replaceable
 
 KILLED = 9
-# What the file that tells a folder of ours holds.
+# Contents of the files by which calm recognizes its own folders.
 SIGNS = {
     "recipe.yaml": "seed: 1\nchunk_size: 4\ndata:\nlanguage_model:\n",
     "prepared.json": '{"sources": [], "vocab_size": 9, "seed": 0}',
@@ -20,15 +20,15 @@ SIGNS = {
 }
 
 
-def below(folder: Path):
-    """All files below a folder and what is in them."""
+def contents_of(folder: Path):
+    """All files below a folder, with their contents."""
     return {
         path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()
     }
 
 
 def run_until_killed(work, after: int) -> bool:
-    """Run something in another process that dies at one of its changes to folders; whether it died."""
+    """Run in a child process that dies after some changes to files and folders; whether it died."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == KILLED
@@ -54,7 +54,7 @@ def run_until_killed(work, after: int) -> bool:
 
 
 @pytest.fixture
-def old(tmp_path):
+def old_run(tmp_path):
     folder = tmp_path / "run"
     (folder / "model").mkdir(parents=True)
     (folder / "model/weights").write_text("old")
@@ -63,39 +63,39 @@ def old(tmp_path):
     return folder
 
 
-def test_a_kill_while_a_folder_is_emptied_loses_nothing(old):
-    before, number, ends = below(old), 0, []
+def test_kill_while_a_folder_is_emptied_loses_nothing(old_run):
+    before, num_changes, outcomes = contents_of(old_run), 0, []
 
     def replace():
-        with emptied(old, [".lock"]):
-            (old / "recipe.yaml").write_text("new")
-            (old / "data").mkdir()
+        with emptied(old_run, [".lock"]):
+            (old_run / "recipe.yaml").write_text("new")
+            (old_run / "data").mkdir()
 
-    while run_until_killed(replace, number):
-        restore(old, [".lock"])
-        ends.append("new" if (old / "recipe.yaml").read_text() == "new" else "old")
-        if ends[-1] == "old":
-            assert below(old) == before, number
-        number += 1
-        shutil.rmtree(old)
-        (old / "model").mkdir(parents=True)
+    while run_until_killed(replace, num_changes):
+        restore(old_run, [".lock"])
+        outcomes.append("new" if (old_run / "recipe.yaml").read_text() == "new" else "old")
+        if outcomes[-1] == "old":
+            assert contents_of(old_run) == before, num_changes
+        num_changes += 1
+        shutil.rmtree(old_run)
+        (old_run / "model").mkdir(parents=True)
         for name, text in before.items():
-            (old / name).write_text(text)
-    assert ends == sorted(ends, reverse=True)  # All old ones come first.
-    assert {"old", "new"} == set(ends)
-    assert below(old) == {"recipe.yaml": "new", ".lock": "kept"}
+            (old_run / name).write_text(text)
+    assert outcomes == sorted(outcomes, reverse=True)  # First only old contents, then only new ones.
+    assert {"old", "new"} == set(outcomes)
+    assert contents_of(old_run) == {"recipe.yaml": "new", ".lock": "kept"}
 
 
-def test_a_kill_while_a_folder_is_put_back_loses_nothing(old):
-    before = below(old)
+def test_kill_while_a_folder_is_restored_loses_nothing(old_run):
+    before = contents_of(old_run)
     for number in range(20):
-        run_until_killed(lambda: _die_in(old), 100)
-        killed = run_until_killed(lambda: restore(old, [".lock"]), number)
-        restore(old, [".lock"])
-        assert below(old) == before, number
+        run_until_killed(lambda: _die_in(old_run), 100)
+        killed = run_until_killed(lambda: restore(old_run, [".lock"]), number)
+        restore(old_run, [".lock"])
+        assert contents_of(old_run) == before, number
         if not killed:
             return
-    raise AssertionError("it never came to its end")
+    raise AssertionError("killed every time")
 
 
 def _die_in(folder: Path):
@@ -105,13 +105,13 @@ def _die_in(folder: Path):
 
 
 @pytest.mark.parametrize("error", [InputError("no"), KeyboardInterrupt(), OSError(28, "no space")])
-def test_whatever_stops_the_work_in_an_emptied_folder_it_is_as_it_was(error, old):
-    before = below(old)
-    with pytest.raises(type(error)), emptied(old, [".lock"]):
-        (old / "new").write_text("new")
+def test_error_in_an_emptied_folder_restores_it(error, old_run):
+    before = contents_of(old_run)
+    with pytest.raises(type(error)), emptied(old_run, [".lock"]):
+        (old_run / "new").write_text("new")
         raise error
-    assert below(old) == before
-    assert sorted(path.name for path in old.iterdir()) == [".lock", "model", "recipe.yaml"]
+    assert contents_of(old_run) == before
+    assert sorted(path.name for path in old_run.iterdir()) == [".lock", "model", "recipe.yaml"]
 
 
 def _prepared(folder: Path, text: str):
@@ -121,7 +121,7 @@ def _prepared(folder: Path, text: str):
     (folder / "train/state.json").write_text(text)
 
 
-def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new_one(tmp_path):
+def test_kill_while_a_folder_is_replaced_leaves_the_old_or_new_one(tmp_path):
     path = tmp_path / "text"
 
     def replace():
@@ -132,16 +132,16 @@ def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new_one(tmp_pat
         _prepared(path, "old")
         killed = run_until_killed(replace, number)
         assert killed or number > 5
-        with pytest.raises(RuntimeError), atomic_folder(path, PREPARED):  # What comes next puts it right.
+        with pytest.raises(RuntimeError), atomic_folder(path, PREPARED):  # The next use repairs it.
             raise RuntimeError
         assert (path / "train/state.json").read_text() in ("old", "new"), number
         assert [entry.name for entry in tmp_path.iterdir()] == ["text"]
         if not killed:
             return
-    raise AssertionError("it never came to its end")
+    raise AssertionError("killed every time")
 
 
-def test_what_replaces_a_link_replaces_what_it_leads_to(tmp_path):
+def test_replacing_a_link_replaces_its_target(tmp_path):
     _prepared(tmp_path / "disk/text", "old")
     (tmp_path / "text").symlink_to(tmp_path / "disk/text")
     with atomic_folder(tmp_path / "text", PREPARED) as folder:
@@ -177,7 +177,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize(("files", "message"), FOREIGN.values(), ids=FOREIGN)
-def test_what_no_command_made_is_not_replaced(files, message, tmp_path):
+def test_folders_with_foreign_files_are_not_replaced(files, message, tmp_path):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(SIGNS[name] if text is None else text)
@@ -186,7 +186,7 @@ def test_what_no_command_made_is_not_replaced(files, message, tmp_path):
     assert message in str(error.value)
 
 
-def test_a_link_in_a_run_may_go_and_what_it_leads_to_stays(tmp_path):
+def test_emptying_a_run_removes_links_but_not_their_targets(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk/letter.txt").write_text("mine")
     run = tmp_path / "run"
@@ -200,7 +200,7 @@ def test_a_link_in_a_run_may_go_and_what_it_leads_to_stays(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [TRAINED, FINETUNED, PREPARED, MODEL], ids=lambda kind: kind.name)
-def test_the_current_folder_the_home_and_those_above_them_are_never_replaced(kind, tmp_path, monkeypatch):
+def test_current_and_home_folder_and_their_parents_are_never_replaced(kind, tmp_path, monkeypatch):
     inner = tmp_path / "home/person"
     inner.mkdir(parents=True)
     for folder in (inner, inner.parent, tmp_path):
@@ -217,7 +217,7 @@ def test_the_current_folder_the_home_and_those_above_them_are_never_replaced(kin
             check_replaceable(path, kind)
 
 
-def test_what_is_read_is_spared_by_whatever_name(tmp_path, monkeypatch):
+def test_inputs_in_the_output_folder_are_refused_by_any_name(tmp_path, monkeypatch):
     run = tmp_path / "run"
     run.mkdir()
     (run / "text.txt").write_text("")
@@ -227,12 +227,12 @@ def test_what_is_read_is_spared_by_whatever_name(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="lies in the output folder"):
             check_inputs_outside(output, [str(source)])
     check_inputs_outside(run, [str(tmp_path), "owner/name", "~nobody-of-that-name/run"])
-    monkeypatch.setenv("HOME", str(tmp_path))  # Names of models may begin with it.
+    monkeypatch.setenv("HOME", str(tmp_path))  # A model may be named ~/run.
     with pytest.raises(InputError, match="'~/run' lies in the output folder"):
         check_inputs_outside(run, ["~/run"])
 
 
-def test_a_file_is_not_written_over_a_folder_or_below_a_file(tmp_path):
+def test_file_is_not_written_over_a_folder_or_below_a_file(tmp_path):
     (tmp_path / "report.html").mkdir()
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a folder"):
@@ -241,7 +241,7 @@ def test_a_file_is_not_written_over_a_folder_or_below_a_file(tmp_path):
         check_file(tmp_path / "file/report.html", overwrite=True)
 
 
-def test_a_file_is_written_to_where_a_link_leads_and_never_over_a_pipe(tmp_path):
+def test_file_is_written_through_links_but_not_into_a_pipe(tmp_path):
     (tmp_path / "empty").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "to pipe").symlink_to(tmp_path / "pipe")
@@ -259,9 +259,9 @@ def test_a_file_is_written_to_where_a_link_leads_and_never_over_a_pipe(tmp_path)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, None])
-def test_nothing_beside_a_file_that_is_written_is_touched(error, tmp_path, monkeypatch):
-    beside = {"report.partial": "mine", ".report.html.partial": "mine", "report": "mine"}
-    for name, text in beside.items():
+def test_writing_a_file_leaves_its_neighbors_alone(error, tmp_path, monkeypatch):
+    neighbors = {"report.partial": "mine", ".report.html.partial": "mine", "report": "mine"}
+    for name, text in neighbors.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "report.html").write_text("old")
     (tmp_path / "report.html").chmod(0o640)
@@ -276,16 +276,16 @@ def test_nothing_beside_a_file_that_is_written_is_touched(error, tmp_path, monke
         monkeypatch.setattr(Path, "replace", failing)
         with pytest.raises(error):
             write_atomically(tmp_path / "report.html", "new")
-    assert below(tmp_path) == {**beside, "report.html": "old" if error else "new"}
+    assert contents_of(tmp_path) == {**neighbors, "report.html": "old" if error else "new"}
 
 
-def test_a_name_of_the_greatest_length_is_written(tmp_path):
+def test_files_with_names_of_maximal_length_are_written(tmp_path):
     for name in ("n" * 255, "\N{FACE WITH TEARS OF JOY}" * 63):
         write_atomically(tmp_path / name, "text")
-    assert len(below(tmp_path)) == 2
+    assert len(contents_of(tmp_path)) == 2
 
 
-def test_what_a_killed_writing_left_does_no_harm(tmp_path):
+def test_leftovers_of_a_killed_write_do_no_harm(tmp_path):
     (tmp_path / "recipe.yaml").write_text(SIGNS["recipe.yaml"])
     (tmp_path / unfinished_name("history.json", "1234abcd")).write_text("{")
     (tmp_path / "history.partial").write_text("{")  # Of earlier versions.
@@ -295,12 +295,12 @@ def test_what_a_killed_writing_left_does_no_harm(tmp_path):
 
 
 @pytest.mark.parametrize("name", [".text.partial", ".text.replaced"])
-def test_a_folder_is_not_written_over_what_no_command_left_beside_it(name, tmp_path):
+def test_foreign_folder_with_a_temporary_name_is_not_overwritten(name, tmp_path):
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="is in the way"), atomic_folder(tmp_path / "text"):
         pass
-    assert below(tmp_path) == {f"{name}/thesis.txt": "mine"}
+    assert contents_of(tmp_path) == {f"{name}/thesis.txt": "mine"}
     (tmp_path / ".text.lock").write_text("")  # As a killed command leaves it.
     if name == ".text.partial":
         with atomic_folder(tmp_path / "text") as folder:
@@ -308,5 +308,5 @@ def test_a_folder_is_not_written_over_what_no_command_left_beside_it(name, tmp_p
     else:  # It is put back first.
         with pytest.raises(InputError, match="is not empty"), atomic_folder(tmp_path / "text"):
             pass
-        assert below(tmp_path / "text") == {"thesis.txt": "mine"}
+        assert contents_of(tmp_path / "text") == {"thesis.txt": "mine"}
     assert not (tmp_path / name).exists()

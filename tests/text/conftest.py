@@ -1,4 +1,4 @@
-"""A small tokenizer."""
+"""A small trained tokenizer."""
 
 import pytest
 

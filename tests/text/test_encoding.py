@@ -1,4 +1,4 @@
-"""What a text says never becomes a control token, with tokenizers of every kind."""
+"""Text never becomes a control token, whatever it spells, with tokenizers of every kind."""
 
 from functools import cache
 
@@ -32,7 +32,7 @@ def tokenizer_of(kind):
 
 
 def with_special(kind, text):
-    """A text in which "@" stands for control tokens, each in turn."""
+    """Replace each "@" in a text by the spelling of a control token, of the next one each time."""
     spellings = list(control_tokens_of(tokenizer_of(kind)))
     for number in range(text.count("@")):
         text = text.replace("@", spellings[number % len(spellings)], 1)
@@ -45,43 +45,43 @@ texts = st.text(alphabet="@ ab<>|/s.é日\n", max_size=12)
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60, deadline=None, database=None)
 @given(text=texts)
-def test_words_are_words(kind, text):
+def test_text_never_becomes_a_control_token(kind, text):
     tokenizer, text = tokenizer_of(kind), with_special(kind, text)
     control = set(control_tokens_of(tokenizer).values())
-    [document], begin = encode_documents(tokenizer, [text]), bos_ids(tokenizer)
-    assert document[: len(begin)] == begin
-    assert control.isdisjoint(document[len(begin) :])
+    [document], bos = encode_documents(tokenizer, [text]), bos_ids(tokenizer)
+    assert document[: len(bos)] == bos
+    assert control.isdisjoint(document[len(bos) :])
     assert control.isdisjoint(encode_words(tokenizer, [text])[0])
     if kind in LOSSLESS and text:
         spelled = tokenizer.decode(document, skip_special_tokens=True)
         assert (
             spelled == text.removeprefix(" ") or spelled == text or "unigram" in kind
-        )  # <unk> loses letters.
+        )  # <unk> loses characters.
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_texts_begin_as_the_tokenizer_says_and_do_not_end(kind):
+def test_documents_begin_as_the_tokenizer_says_but_have_no_eos(kind):
     tokenizer = tokenizer_of(kind)
-    begin = bos_ids(tokenizer)
-    assert begin == {"byte-level": [2], "words": [], "bert": [2], "slow": []}.get(kind, [1])
-    own = tokenizer("a happy boy")["input_ids"]
+    bos = bos_ids(tokenizer)
+    assert bos == {"byte-level": [2], "words": [], "bert": [2], "slow": []}.get(kind, [1])
+    expected = tokenizer("a happy boy")["input_ids"]
     [ids] = encode_documents(tokenizer, ["a happy boy"])
-    assert ids == own[: len(ids)] and set(own[len(ids) :]) <= {tokenizer.eos_token_id}
-    assert encode_documents(tokenizer, ["", "a happy boy"]) == [begin, ids]
+    assert ids == expected[: len(ids)] and set(expected[len(ids) :]) <= {tokenizer.eos_token_id}
+    assert encode_documents(tokenizer, ["", "a happy boy"]) == [bos, ids]
     assert encode_documents(tokenizer, []) == []
 
 
 @pytest.mark.parametrize("kind", LOSSLESS)
 @pytest.mark.parametrize("prompt", ["A good morning, a", "Yes:", "Tom said", ""])
-@pytest.mark.parametrize("more", [" happy boy.", "happy boy", "\nNew", ", and", "  two"])
-def test_words_behind_a_prompt_are_spelled_as_they_are(kind, prompt, more):
+@pytest.mark.parametrize("continuation", [" happy boy.", "happy boy", "\nNew", ", and", "  two"])
+def test_words_after_a_prompt_decode_to_themselves(kind, prompt, continuation):
     tokenizer = tokenizer_of(kind)
     [ids] = encode_documents(tokenizer, [prompt])
-    if "unigram" in kind and "\n" in more:
-        more = more.replace("\n", " ")  # It has no line ends.
+    if "unigram" in kind and "\n" in continuation:
+        continuation = continuation.replace("\n", " ")  # It has no line ends.
     if not prompt:
-        more = more.lstrip(" ")  # The first space of a text is not told from none.
-    assert decode_after(tokenizer, ids, encode_words(tokenizer, [more])[0]) == more
+        continuation = continuation.lstrip(" ")  # A tokenizer may ignore the first space of a text.
+    assert decode_after(tokenizer, ids, encode_words(tokenizer, [continuation])[0]) == continuation
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,23 +99,23 @@ def test_only_a_template_writes_control_tokens(kind, first, second):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_such_words_a_conversation_is_read_as_the_tokenizer_reads_it(kind):
+def test_ordinary_chat_is_encoded_as_by_the_tokenizer(kind):
     tokenizer = tokenizer_of(kind)
     messages = [{"role": "user", "content": " Tom? "}, {"role": "assistant", "content": "Yes, a <b>."}]
-    written = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert encode_chat(tokenizer, messages) == tokenizer(written, add_special_tokens=False)["input_ids"]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert encode_chat(tokenizer, messages) == tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "unigram, first"])
-def test_marked_words_do_not_change_how_the_rest_is_read(kind):
-    """The ids are those of the same conversation with words in the place of what only looks special."""
+def test_spelled_control_token_does_not_affect_its_surroundings(kind):
+    """Before and after the spelling of a control token, the ids are those of the text without it."""
     tokenizer = tokenizer_of(kind)
     spelling = tokenizer.eos_token
-    odd = [{"role": "user", "content": f"one {spelling} two"}, {"role": "assistant", "content": "three"}]
-    even = [{"role": "user", "content": "one two"}, odd[1]]
-    ids, plain = encode_chat(tokenizer, odd), encode_chat(tokenizer, even)
-    begun = tokenizer(f"{tokenizer.bos_token}<|user|>one", add_special_tokens=False)["input_ids"]
-    assert ids[: len(begun)] == plain[: len(begun)] == begun
+    spelled = [{"role": "user", "content": f"one {spelling} two"}, {"role": "assistant", "content": "three"}]
+    ordinary = [{"role": "user", "content": "one two"}, spelled[1]]
+    ids, plain = encode_chat(tokenizer, spelled), encode_chat(tokenizer, ordinary)
+    beginning = tokenizer(f"{tokenizer.bos_token}<|user|>one", add_special_tokens=False)["input_ids"]
+    assert ids[: len(beginning)] == plain[: len(beginning)] == beginning
     assert ids[ids.index(tokenizer.eos_token_id) :] == plain[plain.index(tokenizer.eos_token_id) :]
     text = tokenizer.decode(ids, skip_special_tokens=True)
     assert text.replace(" ", "") == f"<|user|>one{spelling}two<|assistant|>three<|assistant|>".replace(
@@ -123,7 +123,7 @@ def test_marked_words_do_not_change_how_the_rest_is_read(kind):
     )
 
 
-def test_two_pieces_do_not_grow_into_a_control_token():
+def test_adjacent_pieces_do_not_form_a_control_token():
     tokenizer = KINDS["byte-level"]()
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}{{ m.content }}{{ m.tail }}{% endfor %}"
     ids = encode_chat(tokenizer, [{"role": "<|e", "content": "os|", "tail": ">"}])
@@ -133,7 +133,7 @@ def test_two_pieces_do_not_grow_into_a_control_token():
 
 @settings(max_examples=100, deadline=None, database=None)
 @given(st.text(alphabet="<|eos|>\ue0f0\ue0f112 ", max_size=20))
-def test_marks_come_off_whatever_the_text_holds(text):
+def test_unmark_restores_any_text(text):
     tokenizer = tokenizer_of("byte-level")
     marks = marks_of(tokenizer)
     marked = marks.mark({"a": [text, 3]})
@@ -141,15 +141,15 @@ def test_marks_come_off_whatever_the_text_holds(text):
     assert tokenizer.eos_token not in marked["a"][0]
 
 
-def test_a_part_of_a_rendering_goes_on_without_a_space():
+def test_continued_rendering_begins_without_a_space():
     tokenizer = tokenizer_of("llama")
     assert tokenizer.decode(encode_rendering(tokenizer, "Yes")) == "Yes"
-    behind = encode_rendering(tokenizer, "Yes</s>", continues=True)
-    assert decode_after(tokenizer, encode_documents(tokenizer, ["Tom:"])[0], behind) == "Yes"
-    assert behind[-1] == tokenizer.eos_token_id
+    continuation = encode_rendering(tokenizer, "Yes</s>", continues=True)
+    assert decode_after(tokenizer, encode_documents(tokenizer, ["Tom:"])[0], continuation) == "Yes"
+    assert continuation[-1] == tokenizer.eos_token_id
 
 
-def test_tokens_that_came_later_are_control_tokens_too():
+def test_tokens_that_are_added_later_are_control_tokens():
     tokenizer = KINDS["byte-level"]()
     [before] = encode_documents(tokenizer, ["a<|im_end|>b"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})

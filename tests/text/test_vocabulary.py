@@ -1,4 +1,4 @@
-"""How many ids a tokenizer has: some of them may have no token."""
+"""How many ids a tokenizer has, if some of them have no token."""
 
 import json
 
@@ -19,7 +19,7 @@ from calm.training.recipe_files import with_settings
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A tokenizer that leaves ids out, and a text with its highest id."""
+    """A tokenizer that skips ids, and a text that contains its highest id."""
     folder = tmp_path_factory.mktemp("base")
     words().save_pretrained(folder / "tokenizer")
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
@@ -30,7 +30,7 @@ def base(tmp_path_factory):
     return folder
 
 
-def test_ids_that_are_left_out_count_as_ids(base):
+def test_skipped_ids_count_as_ids(base):
     tokenizer = load_tokenizer(str(base / "tokenizer"))
     assert num_ids(tokenizer) == max(tokenizer.get_vocab().values()) + 1 > len(tokenizer)
     assert num_ids(byte_level()) == len(byte_level())
@@ -39,7 +39,7 @@ def test_ids_that_are_left_out_count_as_ids(base):
         check_ids(tokenizer, len(tokenizer), "here")
 
 
-def test_a_model_has_all_ids_of_its_tokenizer(base, tmp_path):
+def test_trained_model_has_all_ids_of_its_tokenizer(base, tmp_path):
     sequential = {"head_type": "sequential", "num_blocks": 1, "token_size": 4, "rank": 4}
     settings = {"data.tokenizer": str(base / "tokenizer"), "language_model.head": sequential}
     settings |= {"autoencoder.kind": "codes", "autoencoder.latent_size": 32}
@@ -48,14 +48,14 @@ def test_a_model_has_all_ids_of_its_tokenizer(base, tmp_path):
     assert load_prepared(tmp_path / "run/data").vocab_size == model.config.vocab_size == num_ids(tokenizer)
 
 
-def test_a_source_that_lacks_ids_is_refused_before_it_is_trained(base, tmp_path):
+def test_source_model_that_lacks_ids_is_refused_before_training(base, tmp_path):
     tokenizer = load_tokenizer(str(base / "tokenizer"))
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "source")
     tokenizer.save_pretrained(tmp_path / "source")
-    cut = {"first_layers": 1, "last_layers": 1}
-    settings = {f"language_model.uptraining.{name}": number for name, number in cut.items()}
+    layers = {"first_layers": 1, "last_layers": 1}
+    settings = {f"language_model.uptraining.{name}": number for name, number in layers.items()}
     settings |= {"language_model.init_from": str(tmp_path / "source")}
     recipe = with_settings(toy_recipe(base / "text.jsonl", "adamw"), settings)
     for refuse in (

@@ -1,4 +1,4 @@
-"""The autoregressive baseline: documents do not see each other, and none is asked for another's start."""
+"""The autoregressive baseline: packed documents do not see each other, nor predict each other's start."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ DOCUMENTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]
 EOS, PAD = 1, 0
 
 
-def test_the_loss_is_the_mean_over_tokens_of_the_documents_alone():
+def test_packed_loss_is_the_token_mean_over_separate_documents():
     arrays = make_blocks(
         DOCUMENTS, [0, 1, 2, 3], chunk_size=1, block_size=16, eos_token_id=EOS, pad_token_id=PAD
     )
@@ -29,5 +29,5 @@ def test_the_loss_is_the_mean_over_tokens_of_the_documents_alone():
             count += len(document)
         loss = model(**batch).loss
     assert loss.item() == pytest.approx(total / count, rel=1e-5)
-    # What the Trainer divides by is the number of labels that are left.
+    # The Trainer divides by the number of labels that are not ignored.
     assert int(find_targets(batch["labels"], batch["position_ids"], 1).sum()) == count

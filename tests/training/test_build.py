@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from calm.models.configuration import CalmAutoencoderConfig, CalmConfig
-from calm.models.fields import RANGES as RANGES_OF_FILES
+from calm.models.fields import RANGES as FILE_RANGES
 from calm.models.hyperparameters import (
     AutoencoderHyperparameters,
     DecoderHyperparameters,
@@ -17,10 +17,10 @@ from calm.training.ranges import RANGES
 from calm.training.recipe import AutoencoderSettings, LanguageModelSettings, Recipe
 from calm.training.recipe_files import with_settings
 
-OTHER_VALUES = {
+NON_DEFAULTS = {
     "autoencoder.kind": "codes",
     "autoencoder.latent_size": 64,
-    "autoencoder.hidden_size": 16,  # With codes it follows: latent size / chunk size.
+    "autoencoder.hidden_size": 16,  # With codes, latent size / chunk size.
     "autoencoder.intermediate_size": 24,
     "autoencoder.num_encoder_layers": 4,
     "autoencoder.num_decoder_layers": 6,
@@ -42,12 +42,12 @@ LLAMA = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
 LLAMA |= {"max_chunks": "max_position_embeddings", "rope_theta": "rope_parameters"}
 
 
-def names(kind):
+def field_names(kind):
     return {field.name for field in dataclasses.fields(kind)}
 
 
 def test_every_hyperparameter_of_a_recipe_reaches_its_configuration():
-    recipe = with_settings(Recipe(), OTHER_VALUES)
+    recipe = with_settings(Recipe(), NON_DEFAULTS)
     autoencoder = autoencoder_config(recipe, 40, {})
     model = language_model_config(recipe, autoencoder, {})
     for settings, kind, config in (
@@ -55,11 +55,11 @@ def test_every_hyperparameter_of_a_recipe_reaches_its_configuration():
         (recipe.language_model, InputHyperparameters, model),
         (recipe.language_model, DecoderHyperparameters, model.backbone),
     ):
-        for name in names(kind):
+        for name in field_names(kind):
             value, default = getattr(settings, name), getattr(kind(), name)
             assert value != default, name
-            found = getattr(config, LLAMA.get(name, name))
-            assert (found["rope_theta"] if name == "rope_theta" else found) == value, name
+            actual = getattr(config, LLAMA.get(name, name))
+            assert (actual["rope_theta"] if name == "rope_theta" else actual) == value, name
 
 
 @pytest.mark.parametrize(
@@ -70,15 +70,15 @@ def test_every_hyperparameter_of_a_recipe_reaches_its_configuration():
     ],
 )
 def test_recipe_and_configuration_have_the_same_defaults(recipe, config, shared):
-    for name in names(shared):
+    for name in field_names(shared):
         assert getattr(recipe(), name) == getattr(config(), name) == getattr(shared(), name)
 
 
-def test_what_a_recipe_may_hold_its_model_folder_may_hold():
+def test_ranges_of_model_folders_contain_those_of_recipes():
     for kind, model_type in ((AutoencoderSettings, "calm_autoencoder"), (LanguageModelSettings, "llama")):
         for name, allowed in RANGES[kind].items():
-            of_files = RANGES_OF_FILES[model_type].get(LLAMA.get(name, name), allowed)
-            assert of_files.low <= allowed.low and of_files.high >= allowed.high, name
+            in_file = FILE_RANGES[model_type].get(LLAMA.get(name, name), allowed)
+            assert in_file.low <= allowed.low and in_file.high >= allowed.high, name
 
 
 def test_a_baseline_is_built_from_the_same_hyperparameters():
@@ -86,7 +86,8 @@ def test_a_baseline_is_built_from_the_same_hyperparameters():
     assert model_config(with_settings(Recipe(), changes), 40).num_hidden_layers == 3
 
 
-def test_digests_of_recipes_are_those_that_older_runs_noted():
+def test_digest_of_a_recipe_is_the_recorded_one():
+    """With another digest, runs of earlier versions could not be resumed."""
     changes = {
         "autoencoder.path": "a",
         "autoencoder.kind": "codes",

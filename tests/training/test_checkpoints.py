@@ -1,6 +1,5 @@
-"""Damaged checkpoints are named and set aside, and a run goes on from the newest that is whole."""
+"""Damaged checkpoints are named and set aside, and a run resumes from the newest intact one."""
 
-import json
 import shutil
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from toy import interrupt, toy_recipe
 
-from calm.data.stories import stories
+from calm.data.stories import write_stories
 from calm.errors import InputError
 from calm.storage.checksums import CHECKSUMS, find_damage, write_checksums
 from calm.training import stages
@@ -22,26 +21,26 @@ from calm.training.checkpoints import (
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """A recipe, the folder of a run that ended, and that of one that was stopped with two checkpoints."""
+def runs(tmp_path_factory):
+    """A recipe, the folder of a finished run, and that of a run that was stopped with two checkpoints."""
     root = tmp_path_factory.mktemp("runs")
     text = root / "stories.jsonl"
-    text.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories(0, 12)))
+    write_stories(text, 0, 12)
     recipe = toy_recipe(text)
-    stages.train(recipe, root / "whole")
+    stages.train(recipe, root / "finished")
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, "language_model", 7)
         with pytest.raises(KeyboardInterrupt):
             stages.train(recipe, root / "stopped")
-    return recipe, root / "whole", root / "stopped"
+    return recipe, root / "finished", root / "stopped"
 
 
-def empty(checkpoint):
+def remove_files(checkpoint):
     for path in checkpoint.iterdir():
         path.unlink()
 
 
-def cut(name):
+def truncate(name):
     def damage(checkpoint):
         data = (checkpoint / name).read_bytes()
         (checkpoint / name).write_bytes(data[: len(data) // 2])
@@ -49,7 +48,7 @@ def cut(name):
     return damage
 
 
-def flip(name):
+def flip_bit(name):
     def damage(checkpoint):
         data = bytearray((checkpoint / name).read_bytes())
         data[len(data) // 2] ^= 1
@@ -60,37 +59,37 @@ def flip(name):
 
 DAMAGE = {
     "optimizer emptied": (lambda checkpoint: (checkpoint / "optimizer.pt").write_bytes(b""), "optimizer.pt"),
-    "weights cut": (cut("model.safetensors"), "model.safetensors"),
+    "weights cut": (truncate("model.safetensors"), "model.safetensors"),
     "weights missing": (lambda checkpoint: (checkpoint / "model.safetensors").unlink(), "model.safetensors"),
     "state missing": (lambda checkpoint: (checkpoint / "trainer_state.json").unlink(), "trainer_state.json"),
     "state garbage": (
         lambda checkpoint: (checkpoint / "trainer_state.json").write_text("{"),
         "trainer_state.json",
     ),
-    "random states cut": (cut("rng_state.pth"), "rng_state.pth"),
+    "random states cut": (truncate("rng_state.pth"), "rng_state.pth"),
     "schedule missing": (lambda checkpoint: (checkpoint / "scheduler.pt").unlink(), "scheduler.pt"),
-    "emptied": (empty, "missing"),
+    "emptied": (remove_files, "missing"),
 }
 FLIPS = {
-    f"a byte of {name}": (flip(name), name)
+    f"a byte of {name}": (flip_bit(name), name)
     for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "config.json")
 }
 
 
-@pytest.mark.parametrize(("damage", "named"), (DAMAGE | FLIPS).values(), ids=DAMAGE | FLIPS)
-def test_damage_is_found_and_named(damage, named, stopped, tmp_path):
+@pytest.mark.parametrize(("damage", "expected"), (DAMAGE | FLIPS).values(), ids=DAMAGE | FLIPS)
+def test_damage_is_found_and_named(damage, expected, runs, tmp_path):
     checkpoint = tmp_path / "checkpoint-6"
-    shutil.copytree(stopped[2] / "checkpoints/language_model/checkpoint-6", checkpoint)
+    shutil.copytree(runs[2] / "checkpoints/language_model/checkpoint-6", checkpoint)
     assert problems_of(checkpoint) == []
     damage(checkpoint)
-    assert named in problems_of(checkpoint)[0]
+    assert expected in problems_of(checkpoint)[0]
 
 
-@pytest.mark.parametrize(("damage", "named"), DAMAGE.values(), ids=DAMAGE)
-def test_damage_is_found_without_checksums_too(damage, named, stopped, tmp_path):
-    """As checkpoints of earlier versions are."""
+@pytest.mark.parametrize(("damage", "expected"), DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_found_without_checksums_too(damage, expected, runs, tmp_path):
+    """Checkpoints of earlier versions have none."""
     checkpoint = tmp_path / "checkpoint-6"
-    shutil.copytree(stopped[2] / "checkpoints/language_model/checkpoint-6", checkpoint)
+    shutil.copytree(runs[2] / "checkpoints/language_model/checkpoint-6", checkpoint)
     (checkpoint / CHECKSUMS).unlink()
     assert problems_of(checkpoint) == []
     damage(checkpoint)
@@ -98,16 +97,16 @@ def test_damage_is_found_without_checksums_too(damage, named, stopped, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["optimizer emptied", "emptied", "a byte of model.safetensors"])
-def test_a_run_goes_on_from_the_newest_whole_checkpoint(kind, stopped, tmp_path, caplog):
-    recipe, whole, source = stopped
+def test_run_resumes_from_the_newest_intact_checkpoint(kind, runs, tmp_path, caplog):
+    recipe, finished, source = runs
     shutil.copytree(source, tmp_path / "run")
     folder = tmp_path / "run/checkpoints/language_model"
     (DAMAGE | FLIPS)[kind][0](folder / "checkpoint-6")
-    for odd in ("checkpoint-abc", "checkpoint-", "checkpoint--1"):
-        (folder / odd).mkdir()
+    for name in ("checkpoint-abc", "checkpoint-", "checkpoint--1"):
+        (folder / name).mkdir()
     (folder / "checkpoint-99").write_text("a file")
     resumed = stages.train(recipe, tmp_path / "run", resume=True)
-    first, second = (load_file(path / "model.safetensors") for path in (whole / "model", resumed))
+    first, second = (load_file(path / "model.safetensors") for path in (finished / "model", resumed))
     assert all((first[name] == second[name]).all() for name in first)
     assert "checkpoint-6' is damaged" in caplog.text and "continuing from 'checkpoint-3'" in caplog.text
     assert (folder / "damaged-checkpoint-6").is_dir()
@@ -115,8 +114,8 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(kind, stopped, tmp_path,
     assert all(problems_of(path) == [] for path in checkpoints_in(folder))
 
 
-def test_nothing_is_thrown_away_where_all_are_damaged(stopped, tmp_path):
-    recipe, _, source = stopped
+def test_nothing_is_removed_if_every_checkpoint_is_damaged(runs, tmp_path):
+    recipe, _, source = runs
     shutil.copytree(source, tmp_path / "run")
     folder = tmp_path / "run/checkpoints/language_model"
     for name in ("checkpoint-3", "checkpoint-6"):
@@ -127,13 +126,13 @@ def test_nothing_is_thrown_away_where_all_are_damaged(stopped, tmp_path):
     assert sorted(path.name for path in folder.rglob("*")) == before
 
 
-def test_there_may_be_none_yet(tmp_path):
+def test_folder_without_checkpoints_has_no_newest_one(tmp_path):
     assert newest_intact_checkpoint(tmp_path / "nothing") is None
     (tmp_path / "checkpoint-x").mkdir()
     assert newest_intact_checkpoint(tmp_path) is None and checkpoints_in(tmp_path) == []
 
 
-def test_checksums_of_a_folder(tmp_path):
+def test_checksums_find_changed_files_and_ignore_new_ones(tmp_path):
     (tmp_path / "inner").mkdir()
     save_file({"a": torch.arange(4)}, tmp_path / "inner/a.safetensors")
     (tmp_path / "empty").write_bytes(b"")
@@ -142,7 +141,7 @@ def test_checksums_of_a_folder(tmp_path):
     (tmp_path / "later").write_text("of no matter")
     assert find_damage(tmp_path) == []
     (tmp_path / "empty").write_bytes(b"1")
-    flip("inner/a.safetensors")(tmp_path)
+    flip_bit("inner/a.safetensors")(tmp_path)
     assert find_damage(tmp_path) == [
         "empty has 1 bytes instead of 0", "inner/a.safetensors has changed since it was written",
     ]  # fmt: skip
@@ -151,7 +150,7 @@ def test_checksums_of_a_folder(tmp_path):
         assert find_damage(tmp_path) == ["checksums.json cannot be read"]
 
 
-def test_a_checkpoint_appears_whole_and_the_oldest_goes(tmp_path):
+def test_checkpoints_appear_complete_and_the_oldest_is_removed(tmp_path):
     for step in (1, 2, 3):
         with atomic_checkpoint(tmp_path, step, keep=2) as partial:
             partial.mkdir(parents=True)
@@ -161,7 +160,7 @@ def test_a_checkpoint_appears_whole_and_the_oldest_goes(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-3"}
 
 
-def test_one_that_cannot_be_written_leaves_nothing(tmp_path):
+def test_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="full"), atomic_checkpoint(tmp_path, 1, keep=2) as partial:
         partial.mkdir(parents=True)
         raise OSError("full")

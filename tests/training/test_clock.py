@@ -1,4 +1,4 @@
-"""The time of a stage, over all parts of a run that was stopped."""
+"""The training time of a stage, over all parts of an interrupted run."""
 
 import json
 import time
@@ -13,42 +13,41 @@ from calm.training.clock import Clock, seconds_of
 
 
 @pytest.fixture
-def passed(monkeypatch):
-    """A clock that a test moves forward."""
+def advance(monkeypatch):
+    """Moves the clock forward by a number of seconds."""
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return lambda seconds: now.__setitem__(0, now[0] + seconds)
 
 
-def begin(clock, step, callbacks):
+def begin_training(clock, step, callbacks):
     state = SimpleNamespace(global_step=step, stateful_callbacks=callbacks)
     clock.on_train_begin(None, state, None)
     return state
 
 
-def test_a_resumed_clock_goes_on_from_the_checkpoint(passed):
+def test_resumed_clock_continues_from_the_checkpoint(advance):
     first = Clock()
-    passed(50)  # Before training begins.
-    begin(first, 0, {"Clock": first.state()})
-    passed(7)
+    advance(50)  # Before training begins.
+    begin_training(first, 0, {"Clock": first.state()})
+    advance(7)
     checkpoint = {"Clock": first.state()}
-    passed(3)
+    advance(3)
     assert first.seconds == 10
     second = Clock()
-    passed(1000)  # Nobody trains.
-    begin(second, 20, json.loads(json.dumps(checkpoint)))
-    passed(2)
+    advance(1000)  # Nobody trains.
+    begin_training(second, 20, json.loads(json.dumps(checkpoint)))
+    advance(2)
     assert second.seconds == 9  # The three seconds after the checkpoint are lost with their steps.
 
 
-def test_a_checkpoint_without_a_clock_leaves_the_time_unknown(passed):
+def test_a_checkpoint_without_a_clock_leaves_the_time_unknown(advance):
     clock = Clock()
-    state = begin(clock, 20, {})
-    passed(5)
+    state = begin_training(clock, 20, {})
+    advance(5)
     assert clock.seconds is None
-    assert state.stateful_callbacks["Clock"]["attributes"] == {
-        "seconds": None
-    }  # The Trainer needs its entry.
+    # The Trainer needs the entry.
+    assert state.stateful_callbacks["Clock"]["attributes"] == {"seconds": None}
 
 
 @pytest.mark.parametrize(
@@ -60,11 +59,11 @@ def test_a_checkpoint_without_a_clock_leaves_the_time_unknown(passed):
         ([], None),
     ],
 )
-def test_seconds_of_stages_are_those_logged_last_if_all_are_known(logs, seconds):
+def test_seconds_are_the_sum_of_the_last_logged_if_all_are_known(logs, seconds):
     assert seconds_of(logs) == seconds
 
 
-def test_the_history_of_a_resumed_run_has_the_time_of_all_its_parts(tmp_path, monkeypatch):
+def test_history_of_a_resumed_run_includes_earlier_training_time(tmp_path, monkeypatch):
     write_stories(tmp_path / "text.jsonl", 0, 12)
     recipe = toy_recipe(tmp_path / "text.jsonl")
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Training that begins with the weights of a model: on other text, in a run of its own."""
+"""Training that starts from the weights of a trained model: on other text, in a run of its own."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from toy import failure, interrupt, killed_and_resumed, toy_recipe
 
 from calm.cli import main
-from calm.data.stories import stories
+from calm.data.stories import write_stories
 from calm.facts import facts_of
 from calm.flops import training_flops
 from calm.models.loading import load_language_model_and_tokenizer
@@ -24,11 +24,10 @@ AUTOREGRESSIVE = {"model": "autoregressive", "chunk_size": 1}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """Two texts, a CALM and a baseline trained on the first."""
+    """Two texts, and a CALM and a baseline trained on the first."""
     folder = tmp_path_factory.mktemp("base")
     for name, seed in (("text", 0), ("other", 5)):
-        lines = (json.dumps({"text": story}) + "\n" for story in stories(seed, 12))
-        (folder / f"{name}.jsonl").write_text("".join(lines))
+        write_stories(folder / f"{name}.jsonl", seed, 12)
     recipe = toy_recipe(folder / "text.jsonl")
     stages.train(recipe, folder / "calm")
     stages.train(with_settings(recipe, AUTOREGRESSIVE), folder / "plain")
@@ -36,57 +35,58 @@ def base(tmp_path_factory) -> Path:
 
 
 def recipe_for(base: Path, kind: str, **settings):
-    changed = {INIT: str(base / kind / "model"), **(AUTOREGRESSIVE if kind == "plain" else {}), **settings}
-    return with_settings(toy_recipe(base / "other.jsonl"), changed)
+    changes = {INIT: str(base / kind / "model"), **(AUTOREGRESSIVE if kind == "plain" else {}), **settings}
+    return with_settings(toy_recipe(base / "other.jsonl"), changes)
 
 
 @pytest.mark.parametrize("kind", ["calm", "plain"])
-def test_the_first_step_begins_with_the_weights_of_the_model(kind, base, tmp_path):
-    still = {"language_model.training.optimizer.learning_rate": 0.0,
+def test_training_starts_from_the_weights_of_the_model(kind, base, tmp_path):
+    """With learning rates of zero, they are also those that training ends with."""
+    zero_rates = {"language_model.training.optimizer.learning_rate": 0.0,
              "language_model.training.optimizer.adamw_learning_rate": 0.0}  # fmt: skip
-    folder = stages.train(recipe_for(base, kind, **still), tmp_path / "still")
+    folder = stages.train(recipe_for(base, kind, **zero_rates), tmp_path / "zero_rates")
     before, after = (load_file(path / "model.safetensors") for path in (base / kind / "model", folder))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    moved = load_file(stages.train(recipe_for(base, kind), tmp_path / "moved") / "model.safetensors")
-    assert any(not torch.equal(before[name], moved[name]) for name in before)
+    trained = load_file(stages.train(recipe_for(base, kind), tmp_path / "trained") / "model.safetensors")
+    assert any(not torch.equal(before[name], trained[name]) for name in before)
     frozen = [name for name in before if name.startswith("autoencoder.")]
-    assert all(torch.equal(before[name], moved[name]) for name in frozen)
+    assert all(torch.equal(before[name], trained[name]) for name in frozen)
     files = [base / kind / "model/tokenizer.json", folder / "tokenizer.json"]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-@pytest.mark.parametrize("place", ["run", "model"])
-def test_sizes_of_the_recipe_do_not_matter_and_a_kill_neither(place, base, tmp_path, monkeypatch):
-    name = str(base / "calm" if place == "run" else base / "calm/model")
+@pytest.mark.parametrize("named", ["run", "model"])
+def test_sizes_in_the_recipe_are_ignored_and_a_killed_run_resumes(named, base, tmp_path, monkeypatch):
+    init_from = str(base / "calm" if named == "run" else base / "calm/model")
     recipe = recipe_for(
-        base, "calm", **{INIT: name, "language_model.hidden_size": 8, "autoencoder.latent_size": 64}
+        base, "calm", **{INIT: init_from, "language_model.hidden_size": 8, "autoencoder.latent_size": 64}
     )
-    whole = stages.train(recipe, tmp_path / "whole")
+    uninterrupted = stages.train(recipe, tmp_path / "uninterrupted")
     resumed = killed_and_resumed(recipe, tmp_path / "run", monkeypatch)
-    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
-    assert json.loads((whole / "config.json").read_text())["backbone_config"]["hidden_size"] == 16
+    assert (uninterrupted / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+    assert json.loads((uninterrupted / "config.json").read_text())["backbone_config"]["hidden_size"] == 16
 
 
 @pytest.mark.parametrize("kind", ["calm", "plain"])
-def test_a_model_that_thinks_unlearns_it(kind, base, tmp_path, caplog):
-    """Trained on text it would otherwise go on to think before every text."""
-    thinks = shutil.copytree(base / kind / "model", tmp_path / "thinks")
-    config = json.loads((thinks / "config.json").read_text())
+def test_training_on_text_removes_the_thoughts_of_a_model(kind, base, tmp_path, caplog):
+    """Otherwise it would still think before every text."""
+    source = shutil.copytree(base / kind / "model", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
     config["thoughts"] = {"number": 2, "begin": 2, "end": 1}
-    (thinks / "config.json").write_text(json.dumps(config))
-    (thinks / "checksums.json").unlink()
-    folder = stages.train(recipe_for(base, kind, **{INIT: str(thinks)}), tmp_path / "run")
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "checksums.json").unlink()
+    folder = stages.train(recipe_for(base, kind, **{INIT: str(source)}), tmp_path / "run")
     assert json.loads((folder / "config.json").read_text()).get("thoughts") is None
     assert "trained on text, it will no longer use them" in caplog.text
 
 
-def test_a_model_of_the_package_goes_on(base, tmp_path):
+def test_shipped_model_can_be_trained_further(base, tmp_path):
     recipe = recipe_for(base, "calm", **{INIT: "stories", "language_model.training.steps": 1})
     assert (stages.train(recipe, tmp_path / "run") / "model.safetensors").is_file()
 
 
-def test_a_second_stage_has_the_loss_of_its_recipe(base, tmp_path):
+def test_second_stage_uses_the_loss_of_its_recipe(base, tmp_path):
     head = {"head_type": "parallel", "token_size": 4, "rank": 4}
     first = with_settings(
         toy_recipe(base / "text.jsonl"),
@@ -95,33 +95,31 @@ def test_a_second_stage_has_the_loss_of_its_recipe(base, tmp_path):
     model = stages.train(first, tmp_path / "first")
     folders = {}
     for loss in ("cross_entropy", "brier"):
-        said = {INIT: str(model), "language_model.head": {"head_type": "parallel", "loss": loss}}
-        folders[loss] = stages.train(with_settings(first, said), tmp_path / loss)
+        settings = {INIT: str(model), "language_model.head": {"head_type": "parallel", "loss": loss}}
+        folders[loss] = stages.train(with_settings(first, settings), tmp_path / loss)
         saved = json.loads((folders[loss] / "config.json").read_text())["head_config"]
         assert (saved["loss"], saved["rank"]) == (loss, 4)
-    one, other = (load_file(folder / "model.safetensors") for folder in folders.values())
-    assert any(not torch.equal(one[name], other[name]) for name in one)
-    # A recipe with another head says nothing of this one.
-    said = {INIT: str(folders["brier"]), "language_model.head": {"head_type": "sequential"}}
-    again = stages.train(with_settings(first, said), tmp_path / "again")
+    weights, others = (load_file(folder / "model.safetensors") for folder in folders.values())
+    assert any(not torch.equal(weights[name], others[name]) for name in weights)
+    # Settings for a head of another type are ignored.
+    settings = {INIT: str(folders["brier"]), "language_model.head": {"head_type": "sequential"}}
+    again = stages.train(with_settings(first, settings), tmp_path / "again")
     assert json.loads((again / "config.json").read_text())["head_config"]["loss"] == "brier"
 
 
 PARALLEL = {"head_type": "parallel", "token_size": 4, "rank": 4}
 WRONG_HEADS = {
-    "a loss that is none": ({"loss": "brrier"}, "loss must be one of cross_entropy, brier, got 'brrier'"),
+    "an unknown loss": ({"loss": "brrier"}, "loss must be one of cross_entropy, brier, got 'brrier'"),
     "a misspelt field": ({"lss": "brier"}, "the parallel head has no field 'lss'; did you mean 'loss'?"),
-    "a field of another": ({"head_type": "sequential", "loss": "brier"}, "has no field 'loss'"),
+    "a field of another head": ({"head_type": "sequential", "loss": "brier"}, "has no field 'loss'"),
 }
 
 
 @pytest.fixture(scope="module")
 def parallel(tmp_path_factory):
-    """A recipe, and the model with classes of tokens and the parallel head that it trains."""
+    """A recipe, and the model that it trains: with a parallel head and token classes."""
     folder = tmp_path_factory.mktemp("parallel")
-    (folder / "text.jsonl").write_text(
-        "".join(json.dumps({"text": story}) + "\n" for story in stories(0, 12))
-    )
+    write_stories(folder / "text.jsonl", 0, 12)
     head = PARALLEL | {"num_classes": 20}
     recipe = with_settings(
         toy_recipe(folder / "text.jsonl"),
@@ -130,24 +128,24 @@ def parallel(tmp_path_factory):
     return recipe, stages.train(recipe, folder / "run")
 
 
-@pytest.mark.parametrize(("said", "message"), WRONG_HEADS.values(), ids=WRONG_HEADS)
-def test_a_head_that_is_none_is_refused_where_the_model_brings_its_own(
-    said, message, parallel, tmp_path, capsys
+@pytest.mark.parametrize(("head", "message"), WRONG_HEADS.values(), ids=WRONG_HEADS)
+def test_invalid_head_settings_are_refused_although_the_model_has_a_head(
+    head, message, parallel, tmp_path, capsys
 ):
-    """Or a misspelt loss would be that of the first stage, for all of the second."""
+    """Otherwise, after a misspelt loss, the second stage would silently use that of the first."""
     recipe, model = parallel
-    changed = {INIT: str(model), "language_model.head": {"head_type": "parallel"} | said}
-    write_recipe(with_settings(recipe, changed), tmp_path / "recipe.yaml")
-    found = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
-    assert message in found and not (tmp_path / "run").exists()
+    changes = {INIT: str(model), "language_model.head": {"head_type": "parallel"} | head}
+    write_recipe(with_settings(recipe, changes), tmp_path / "recipe.yaml")
+    error = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    assert message in error and not (tmp_path / "run").exists()
 
 
-def test_what_a_second_stage_costs_is_that_of_its_loss(parallel):
+def test_flops_of_a_second_stage_depend_on_its_loss(parallel):
     recipe, model = parallel
     flops = {}
     for loss in ("cross_entropy", "brier"):
-        said = {INIT: str(model), "language_model.head": {"head_type": "parallel", "loss": loss}}
-        config = config_to_continue(with_settings(recipe, said))
+        settings = {INIT: str(model), "language_model.head": {"head_type": "parallel", "loss": loss}}
+        config = config_to_continue(with_settings(recipe, settings))
         assert config.head.loss == loss
         flops[loss] = training_flops(config, recipe.data.context)
     assert flops["brier"] > flops["cross_entropy"]
@@ -172,22 +170,22 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_does_not_fit_is_refused_before_anything_is_written(changes, message, base, tmp_path, capsys):
+def test_invalid_settings_are_refused_before_anything_is_written(changes, message, base, tmp_path, capsys):
     write_recipe(recipe_for(base, "calm", **changes), tmp_path / "recipe.yaml")
-    said = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
-    assert message in said and not (tmp_path / "run").exists()
+    error = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    assert message in error and not (tmp_path / "run").exists()
 
 
-def test_text_that_was_prepared_for_other_tokens_is_refused(base, tmp_path, capsys):
+def test_text_prepared_with_another_tokenizer_is_refused(base, tmp_path, capsys):
     main(["prepare", str(base / "other.jsonl"), "--output", str(tmp_path / "data"), "--vocab_size", "290"])
     write_recipe(
         recipe_for(base, "calm", **{"data.sources": str(tmp_path / "data")}), tmp_path / "recipe.yaml"
     )
-    said = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
-    assert "was prepared with a different tokenizer" in said and not (tmp_path / "run").exists()
+    error = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    assert "was prepared with a different tokenizer" in error and not (tmp_path / "run").exists()
 
 
-def test_another_model_in_its_place_is_noticed(base, tmp_path, monkeypatch, capsys):
+def test_resuming_is_refused_after_the_source_model_was_replaced(base, tmp_path, monkeypatch, capsys):
     recipe = recipe_for(base, "calm")
     model = tmp_path / "model"
     shutil.copytree(base / "calm/model", model)
@@ -202,5 +200,5 @@ def test_another_model_in_its_place_is_noticed(base, tmp_path, monkeypatch, caps
     )
     shutil.rmtree(model)
     shutil.copytree(other, model)
-    said = failure(capsys, "train", "--resume", "--output", tmp_path / "run")
-    assert "changed since the run began" in said or "belongs to another run" in said
+    error = failure(capsys, "train", "--resume", "--output", tmp_path / "run")
+    assert "changed since the run began" in error or "belongs to another run" in error

@@ -1,4 +1,4 @@
-"""More steps for a run: exact where the rates are the same, told where they are not."""
+"""More steps for a run: exact if the learning rates stay the same, with a warning if they do not."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from toy import failure, interrupt, toy_recipe
 
 from calm.cli import main
-from calm.data.stories import stories
+from calm.data.stories import write_stories
 from calm.training import extending, runs, stages
 from calm.training.checkpoints import checkpoints_in, step_of
 from calm.training.recipe import OptimizerSettings, Recipe
@@ -21,7 +21,7 @@ STEPS = "language_model.training.steps"
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "stories.jsonl"
-    path.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories(0, 12)))
+    write_stories(path, 0, 12)
     return path
 
 
@@ -31,7 +31,7 @@ def recipe_of(text: Path, steps: int, **schedule) -> Recipe:
     return with_settings(recipe, settings)
 
 
-def is_equal(first: Path, second: Path) -> bool:
+def have_equal_weights(first: Path, second: Path) -> bool:
     weights, others = (load_file(folder / "model.safetensors") for folder in (first, second))
     return weights.keys() == others.keys() and all((weights[name] == others[name]).all() for name in weights)
 
@@ -44,28 +44,28 @@ EXACT = {
 
 
 @pytest.mark.parametrize("schedule", EXACT.values(), ids=EXACT)
-@pytest.mark.parametrize("stopped", [None, 6], ids=["finished", "stopped"])
-def test_an_extended_run_is_a_longer_run(text, tmp_path, monkeypatch, schedule, stopped):
-    whole = stages.train(recipe_of(text, 13, **schedule), tmp_path / "whole")
+@pytest.mark.parametrize("stopped_at", [None, 6], ids=["finished", "stopped"])
+def test_extended_run_equals_a_longer_run(text, tmp_path, monkeypatch, schedule, stopped_at):
+    longer = stages.train(recipe_of(text, 13, **schedule), tmp_path / "longer")
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        if stopped is not None:
-            interrupt(patch, "language_model", stopped)
+        if stopped_at is not None:
+            interrupt(patch, "language_model", stopped_at)
             with pytest.raises(KeyboardInterrupt):
                 stages.train(recipe_of(text, 8, **schedule), run)
         else:
             stages.train(recipe_of(text, 8, **schedule), run)
     extended = stages.train(recipe_of(text, 13, **schedule), run, resume=True)
-    assert is_equal(whole, extended)
+    assert have_equal_weights(longer, extended)
     assert read_recipe(str(run / "recipe.yaml")).language_model.training.steps == 13
-    if stopped is None:
+    if stopped_at is None:
         short = stages.train(recipe_of(text, 8, **schedule), tmp_path / "short")
-        assert is_equal(run / "model-8", short)
+        assert have_equal_weights(run / "model-8", short)
     assert stages.train(recipe_of(text, 13, **schedule), run, resume=True) == extended
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_a_schedule_that_falls_from_the_start_is_told(text, tmp_path, caplog, schedule):
+def test_extending_a_decaying_schedule_warns(text, tmp_path, caplog, schedule):
     run = tmp_path / "run"
     stages.train(recipe_of(text, 8, schedule=schedule), run)
     with caplog.at_level("WARNING", logger="calm"):
@@ -78,20 +78,20 @@ def test_a_schedule_that_falls_from_the_start_is_told(text, tmp_path, caplog, sc
     assert state["max_steps"] == 12
 
 
-def test_a_schedule_that_falls_from_the_start_goes_on_from_its_end(text, tmp_path, caplog):
-    """And not from a checkpoint of the warm-up, although more steps would have had its rates, too."""
+def test_decaying_schedule_is_extended_from_the_last_checkpoint(text, tmp_path, caplog):
+    """Not from one of the warm-up, although the rates up to there would be those of the longer run."""
     run = tmp_path / "run"
-    how = {"schedule": "cosine", "warmup_steps": 2}
-    kept = {"language_model.training.save_every": 2, "language_model.training.keep_checkpoints": 9}
-    stages.train(with_settings(recipe_of(text, 8, **how), kept), run)
+    schedule = {"schedule": "cosine", "warmup_steps": 2}
+    saving = {"language_model.training.save_every": 2, "language_model.training.keep_checkpoints": 9}
+    stages.train(with_settings(recipe_of(text, 8, **schedule), saving), run)
     with caplog.at_level("INFO", logger="calm"):
-        stages.train(with_settings(recipe_of(text, 12, **how), kept), run, resume=True)
+        stages.train(with_settings(recipe_of(text, 12, **schedule), saving), run, resume=True)
     assert "continuing from step 8 on a schedule of 12 steps" in caplog.text
-    steps = [step_of(one) for one in checkpoints_in(run / "checkpoints/language_model")]
+    steps = [step_of(checkpoint) for checkpoint in checkpoints_in(run / "checkpoints/language_model")]
     assert steps == [2, 4, 6, 8, 10, 12]
 
 
-def test_a_warm_up_that_was_cut_short_is_told(text, tmp_path, caplog):
+def test_extending_a_run_that_ended_in_its_warm_up_warns(text, tmp_path, caplog):
     run = tmp_path / "run"
     stages.train(recipe_of(text, 4, schedule="constant", warmup_steps=6), run)
     with caplog.at_level("WARNING", logger="calm"):
@@ -99,23 +99,23 @@ def test_a_warm_up_that_was_cut_short_is_told(text, tmp_path, caplog):
     assert "continuing from step 4 on a schedule of 8 steps" in caplog.text
 
 
-@pytest.mark.parametrize("place", ["extend_run", "write_recipe"])
-def test_a_kill_while_a_run_is_extended_loses_nothing(text, tmp_path, monkeypatch, place):
+@pytest.mark.parametrize("killed_in", ["extend_run", "write_recipe"])
+def test_a_kill_while_a_run_is_extended_loses_nothing(text, tmp_path, monkeypatch, killed_in):
     schedule = EXACT["decay"]
     run, short = tmp_path / "run", recipe_of(text, 8, **schedule)
     stages.train(short, run)
     with monkeypatch.context() as patch:
-        if place == "write_recipe":  # After everything was moved.
+        if killed_in == "write_recipe":  # After everything was moved.
             patch.setattr(runs, "write_recipe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         else:
             patch.setattr(extending, "remove_checkpoints", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             stages.train(recipe_of(text, 13, **schedule), run, resume=True)
-    again = stages.train(short, run, resume=True)  # It may be resumed as it was,
-    assert is_equal(again, run / "model-8")
-    extended = stages.train(recipe_of(text, 13, **schedule), run, resume=True)  # or be extended after all.
-    assert is_equal(extended, stages.train(recipe_of(text, 13, **schedule), tmp_path / "whole"))
-    assert is_equal(run / "model-8", run / "model-8-2")
+    again = stages.train(short, run, resume=True)  # It can be resumed as it was,
+    assert have_equal_weights(again, run / "model-8")
+    extended = stages.train(recipe_of(text, 13, **schedule), run, resume=True)  # or extended after all.
+    assert have_equal_weights(extended, stages.train(recipe_of(text, 13, **schedule), tmp_path / "longer"))
+    assert have_equal_weights(run / "model-8", run / "model-8-2")
 
 
 def test_only_more_steps_of_the_last_stage_extend_a_run(text, tmp_path, capsys):
@@ -123,13 +123,13 @@ def test_only_more_steps_of_the_last_stage_extend_a_run(text, tmp_path, capsys):
     stages.train(recipe_of(text, 8), run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     resume = ["train", "--resume", "--output", run]
-    said = failure(capsys, *resume, f"--{STEPS}", 7)
-    assert "has 8 steps, and the number can only be raised" in said
+    error = failure(capsys, *resume, f"--{STEPS}", 7)
+    assert "has 8 steps, and the number can only be raised" in error
     assert "differs in autoencoder.training.steps" in failure(
         capsys, *resume, "--autoencoder.training.steps", 50
     )
-    said = failure(capsys, *resume, f"--{STEPS}", 9, "--seed", 1)
-    assert f"differs in seed, {STEPS}" in said or f"differs in {STEPS}, seed" in said
+    error = failure(capsys, *resume, f"--{STEPS}", 9, "--seed", 1)
+    assert f"differs in seed, {STEPS}" in error or f"differs in {STEPS}, seed" in error
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     main([*map(str, resume), f"--{STEPS}", "9"])
     assert (run / "model").is_dir() and (run / "model-8").is_dir()

@@ -1,8 +1,9 @@
-"""Fine-tuning: it learns, adapters are saved, merged and loaded, and what is killed goes on."""
+"""Fine-tuning: models learn the examples, adapters are saved, merged and loaded, killed runs resume."""
 
 import dataclasses
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.testing import assert_close
 from toy import failure, toy_recipe
 from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
+from calm.cli import main
 from calm.data.stories import stories, write_stories
 from calm.data.tokenizer import train_tokenizer
 from calm.errors import InputError
@@ -101,25 +103,26 @@ def weights_of(folder):
 
 
 @pytest.mark.parametrize("model", ["calm", "plain"])
-def test_it_learns_to_answer(model, base, tmp_path):
+def test_model_learns_to_answer(model, base, tmp_path):
     recipe = recipe_for(base, model, steps=600, evaluate_every=600, save_every=600, batch_tokens=512)
     finetune(recipe, tmp_path / "run")
     answers = answers_of(tmp_path / "run")
     assert len(answers) == 8 and answers[0].keys() == {"prompt", "completion", "before", "after"}
-    right = {
-        when: sum(a[when].strip() == a["completion"].strip() for a in answers) for when in ("before", "after")
+    correct = {
+        when: sum(answer[when].strip() == answer["completion"].strip() for answer in answers)
+        for when in ("before", "after")
     }
-    assert right["before"] <= 2 and right["after"] >= 6, answers
+    assert correct["before"] <= 2 and correct["after"] >= 6, answers
     history = json.loads((tmp_path / "run/history.json").read_text())
     last = [entry for entry in history if "eval_exact_match" in entry][-1]
-    assert last["eval_exact_match"] == 100 * right["after"] / 8
+    assert last["eval_exact_match"] == 100 * correct["after"] / 8
 
     tuned, tokenizer = load_language_model_and_tokenizer(str(tmp_path / "run/model"))
     [text] = continue_texts(tuned, tokenizer, [answers[0]["prompt"]], temperature=0, num_draws=8, seed=0)
-    assert text.strip() == answers[0]["after"].strip()  # And it stops.
+    assert text.strip() == answers[0]["after"].strip()  # And generation ends there.
 
 
-def test_no_answers_are_asked_for(base, tmp_path):
+def test_number_of_answers_may_be_zero_but_not_negative(base, tmp_path):
     recipe = recipe_for(base)
     finetune(dataclasses.replace(recipe, answers=AnswerSettings(number=0)), tmp_path / "run")
     assert (tmp_path / "run/model/config.json").is_file() and answers_of(tmp_path / "run") == []
@@ -127,7 +130,7 @@ def test_no_answers_are_asked_for(base, tmp_path):
         finetune(dataclasses.replace(recipe, answers=AnswerSettings(number=-1)), tmp_path / "other")
 
 
-def test_adapters_find_their_model_from_elsewhere(base, tmp_path, monkeypatch):
+def test_adapters_find_their_base_model_from_another_directory(base, tmp_path, monkeypatch):
     monkeypatch.chdir(base)
     recipe = dataclasses.replace(recipe_for(base, rank=2), model="calm/model")
     finetune(recipe, tmp_path / "run")
@@ -135,7 +138,7 @@ def test_adapters_find_their_model_from_elsewhere(base, tmp_path, monkeypatch):
     load_language_model_and_tokenizer("run/adapter")
 
 
-def test_the_autoencoder_stays_as_it_was(base, tmp_path):
+def test_autoencoder_is_not_trained(base, tmp_path):
     finetune(recipe_for(base), tmp_path / "run")
     before, after = weights_of(base / "calm/model"), weights_of(tmp_path / "run/model")
     assert before.keys() == after.keys()
@@ -149,13 +152,14 @@ def test_adapters_are_saved_merged_and_loaded(model, base, tmp_path):
     folder = finetune(recipe, tmp_path / "run")
     adapter = tmp_path / "run/adapter"
     assert not (adapter / "config.json").exists() and not (adapter / "model.safetensors").exists()
-    small = (adapter / "adapter_model.safetensors").stat().st_size
-    assert small < 0.7 * (folder / "model.safetensors").stat().st_size
+    adapter_size = (adapter / "adapter_model.safetensors").stat().st_size
+    assert adapter_size < 0.7 * (folder / "model.safetensors").stat().st_size
     merged, tokenizer = load_language_model_and_tokenizer(str(folder))
     loaded, _ = load_language_model_and_tokenizer(str(adapter))
     assert type(merged) is type(loaded)
-    for (name, one), (_, other) in zip(merged.named_parameters(), loaded.named_parameters(), strict=True):
-        assert_close(one, other, msg=name)
+    pairs = zip(merged.named_parameters(), loaded.named_parameters(), strict=True)
+    for (name, weight), (_, loaded_weight) in pairs:
+        assert_close(weight, loaded_weight, msg=name)
     base_weights = weights_of(base / model / "model")
     changed = {
         name
@@ -166,15 +170,14 @@ def test_adapters_are_saved_merged_and_loaded(model, base, tmp_path):
     assert not any(name.startswith(("autoencoder", "backbone.embed", "model.embed")) for name in changed)
     texts = [continue_texts(m, tokenizer, ["The cat says"], temperature=1, seed=1) for m in (merged, loaded)]
     assert texts[0] == texts[1]
-    again = recipe_for(base, model)  # All weights of what has adapters can be trained.
+    again = recipe_for(base, model)  # All weights of a model with adapters can be trained.
     again.model = str(adapter)
     tuned = weights_of(finetune(again, tmp_path / "again"))
     assert any((tuned[name] - weight).abs().max() > 1e-6 for name, weight in merged.state_dict().items())
     assert config_of(str(adapter)).to_dict()["model_type"] == merged.config.model_type
 
 
-def test_adapters_are_around_the_linear_layers_alone(base):
-    model, _ = load_language_model_and_tokenizer(str(base / "calm/model"))
+def test_adapters_wrap_only_the_parts_that_the_recipe_names(base):
     for layers, parts in {"backbone": {"backbone", "projection"}, "head": {"head"}}.items():
         model, _ = load_language_model_and_tokenizer(str(base / "calm/model"))
         adapted = with_adapters(model, LoraSettings(rank=2, layers=layers), "base")
@@ -184,10 +187,10 @@ def test_adapters_are_around_the_linear_layers_alone(base):
 
 
 @pytest.mark.parametrize("head_type", HEADS)
-def test_every_adapter_takes_part(head_type):
-    """One around a layer that is never called would learn nothing, and stop several processes."""
-    read = "tokens" if head_type == "decoder" else "both"
-    model = tiny_model(head_config={"head_type": head_type}, backbone_input=read)
+def test_every_adapter_gets_a_gradient(head_type):
+    """An adapter around a layer that is never called would learn nothing, and stop distributed training."""
+    backbone_input = "tokens" if head_type == "decoder" else "both"
+    model = tiny_model(head_config={"head_type": head_type}, backbone_input=backbone_input)
     adapted = with_adapters(model, LoraSettings(rank=2), "base").train()
     tokens = torch.randint(3, 40, (2, 32))
     loss = adapted(input_ids=tokens, labels=tokens, position_ids=torch.arange(8).repeat(2, 1)).loss
@@ -197,7 +200,7 @@ def test_every_adapter_takes_part(head_type):
     assert sum(weight.grad.abs().sum() > 0 for name, weight in trained.items() if "lora_B" in name) > 10
 
 
-def test_two_processes_learn_the_same(base, tmp_path):
+def test_two_processes_train_the_same_model_as_one(base, tmp_path):
     recipe = recipe_for(base, rank=4)
     finetune(recipe, tmp_path / "alone")
     write_recipe(recipe, tmp_path / "recipe.yaml")
@@ -212,23 +215,23 @@ def test_two_processes_learn_the_same(base, tmp_path):
 @pytest.mark.parametrize("rank", [0, 4])
 def test_resumed_equals_uninterrupted(rank, base, tmp_path, monkeypatch):
     recipe = recipe_for(base, rank=rank)
-    finetune(recipe, tmp_path / "whole")
-    step = ChunkTrainer.training_step
+    finetune(recipe, tmp_path / "uninterrupted")
+    training_step = ChunkTrainer.training_step
 
-    def killed(self, *arguments, **settings):
+    def interrupted(self, *arguments, **settings):
         if self.state.global_step == 6:
             raise KeyboardInterrupt
-        return step(self, *arguments, **settings)
+        return training_step(self, *arguments, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ChunkTrainer, "training_step", killed)
+        patch.setattr(ChunkTrainer, "training_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             finetune(recipe, tmp_path / "run")
     assert not (tmp_path / "run/model").exists()
     finetune(recipe, tmp_path / "run", resume=True)
-    for name, weight in weights_of(tmp_path / "whole/model").items():
+    for name, weight in weights_of(tmp_path / "uninterrupted/model").items():
         assert torch.equal(weight, weights_of(tmp_path / "run/model")[name]), name
-    assert answers_of(tmp_path / "run") == answers_of(tmp_path / "whole")
+    assert answers_of(tmp_path / "run") == answers_of(tmp_path / "uninterrupted")
 
 
 def test_a_finished_run_is_left_alone(base, tmp_path):
@@ -243,7 +246,7 @@ def test_a_finished_run_is_left_alone(base, tmp_path):
         finetune(with_settings(recipe, {"lora.rank": 2}), tmp_path / "run", resume=True)
 
 
-BAD = {
+INVALID = {
     "model": ({"model": ""}, "names no model"),
     "sources": ({"examples.sources": []}, "names no examples"),
     "optimizer": ({"training.optimizer.name": "none"}, "no optimizer 'none'"),
@@ -257,13 +260,13 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD)
-def test_bad_recipes(changes, message, base, tmp_path):
+@pytest.mark.parametrize(("changes", "message"), INVALID.values(), ids=INVALID)
+def test_invalid_recipes_are_refused(changes, message, base, tmp_path):
     with pytest.raises(InputError, match=message):
         finetune(with_settings(recipe_for(base), changes), tmp_path / "run")
 
 
-def test_adapters_whose_model_is_gone(base, tmp_path):
+def test_adapters_cannot_be_loaded_without_their_base_model(base, tmp_path):
     shutil.copytree(base / "calm/model", tmp_path / "model")
     recipe = with_settings(recipe_for(base, rank=2, steps=1), {"model": str(tmp_path / "model")})
     finetune(recipe, tmp_path / "run")
@@ -272,7 +275,7 @@ def test_adapters_whose_model_is_gone(base, tmp_path):
         load_language_model_and_tokenizer(str(tmp_path / "run/adapter"))
 
 
-def test_a_model_that_does_not_keep_examples_apart_is_refused(tmp_path):
+def test_models_that_cannot_separate_packed_examples_are_refused(tmp_path):
     (tmp_path / "examples.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     tokenizer, sizes = train_tokenizer(stories(0, 20), 300), {"vocab_size": 300, "hidden_size": 16}
     for name, model in {
@@ -288,12 +291,12 @@ def test_a_model_that_does_not_keep_examples_apart_is_refused(tmp_path):
         assert not (tmp_path / "run").exists()
 
 
-def test_the_model_that_adapters_belong_to_is_not_replaced(tmp_path):
-    """Nor through adapters of adapters."""
+def test_base_model_of_adapters_is_not_overwritten(tmp_path):
+    """Nor that of adapters on top of adapters."""
     (tmp_path / "run/model").mkdir(parents=True)
-    for name, of in (("adapter", "run/model"), ("another", "adapter")):
+    for name, base_model in (("adapter", "run/model"), ("another", "adapter")):
         (tmp_path / name).mkdir()
-        settings = json.dumps({"base_model_name_or_path": str(tmp_path / of)})
+        settings = json.dumps({"base_model_name_or_path": str(tmp_path / base_model)})
         (tmp_path / name / "adapter_config.json").write_text(settings)
         recipe = FinetuningRecipe(model=str(tmp_path / name), examples=ExampleSettings(sources="there.jsonl"))
         with pytest.raises(InputError, match=r"model' lies in the output folder"):
@@ -301,9 +304,7 @@ def test_the_model_that_adapters_belong_to_is_not_replaced(tmp_path):
         assert (tmp_path / "run/model").is_dir()
 
 
-def test_without_peft(base, monkeypatch):
-    import sys
-
+def test_missing_peft_is_an_error(base, monkeypatch):
     model, _ = load_language_model_and_tokenizer(str(base / "calm/model"))
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(InputError, match=r"lora.rank needs peft, which is not installed: pip install peft$"):
@@ -311,16 +312,14 @@ def test_without_peft(base, monkeypatch):
 
 
 def test_shipped_recipes_run_from_the_command_line(base, tmp_path, capsys):
-    from calm.cli import main
-
     shipped = shipped_recipes(FinetuningRecipe)
     assert shipped.keys() == {"full", "lora", "thoughts"}
     for name in shipped:
-        read = read_recipe_of(FinetuningRecipe, name)
-        assert (read.lora.rank > 0) == (name == "lora")
-        small = ["--examples.context", "32", "--training.batch_tokens", "64", "--training.steps", "2"]
+        recipe = read_recipe_of(FinetuningRecipe, name)
+        assert (recipe.lora.rank > 0) == (name == "lora")
+        smaller = ["--examples.context", "32", "--training.batch_tokens", "64", "--training.steps", "2"]
         main(
-            ["finetune", "--recipe", name, "--model", str(base / "calm/model"), *small,
+            ["finetune", "--recipe", name, "--model", str(base / "calm/model"), *smaller,
              "--answers.number", "2", "--examples.sources", str(base / "examples.jsonl"),
              "--output", str(tmp_path / name), *(["--thoughts.stages", "0"] if name == "thoughts" else [])]
         )  # fmt: skip
@@ -333,13 +332,13 @@ def test_shipped_recipes_run_from_the_command_line(base, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_more_steps_extend_a_run(rank, base, tmp_path):
+def test_extended_run_equals_a_longer_run(rank, base, tmp_path):
     schedule = OptimizerSettings(name="adamw", learning_rate=1e-2, warmup_steps=2, schedule="constant")
     short, long = (recipe_for(base, rank=rank, steps=steps, optimizer=schedule) for steps in (5, 9))
     finetune(short, tmp_path / "run")
     finetune(long, tmp_path / "run", resume=True)
-    finetune(long, tmp_path / "whole")
-    kept = ["model-5", "adapter-5"] if rank else ["model-5"]
-    assert sorted(path.name for path in (tmp_path / "run").glob("*-5")) == sorted(kept)
-    first, second = (weights_of(tmp_path / run / "model") for run in ("run", "whole"))
+    finetune(long, tmp_path / "long")
+    expected = ["model-5", "adapter-5"] if rank else ["model-5"]
+    assert sorted(path.name for path in (tmp_path / "run").glob("*-5")) == sorted(expected)
+    first, second = (weights_of(tmp_path / run / "model") for run in ("run", "long"))
     assert all((first[name] == second[name]).all() for name in first)

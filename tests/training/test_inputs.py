@@ -1,4 +1,4 @@
-"""A run goes on with what it began with, or says what is another."""
+"""A run resumes only with the inputs that it began with; otherwise the error names what changed."""
 
 import dataclasses
 import json
@@ -21,8 +21,8 @@ from calm.training.recipe_files import with_settings, write_recipe
 
 
 @pytest.fixture
-def stopped(tmp_path, monkeypatch):
-    """A run of a toy recipe that was stopped, with its text."""
+def stop_a_run(tmp_path, monkeypatch):
+    """Trains a toy recipe, with changes, until it is interrupted; returns the recipe and the run."""
     write_stories(tmp_path / "text.jsonl", 0, 40)
     write_stories(tmp_path / "other.jsonl", 1, 40)
 
@@ -37,30 +37,30 @@ def stopped(tmp_path, monkeypatch):
     return stop
 
 
-def files(run):
+def modification_times(run):
     return {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
 
 
-def refused(recipe, run, what):
-    before = files(run)
-    with pytest.raises(InputError, match=rf"cannot resume '.*run': {what} changed since the run began"):
+def assert_resuming_is_refused(recipe, run, changed):
+    before = modification_times(run)
+    with pytest.raises(InputError, match=rf"cannot resume '.*run': {changed} changed since the run began"):
         stages.train(recipe, run, resume=True)
-    assert files(run) == before
+    assert modification_times(run) == before
 
 
-def test_another_text_in_the_place_of_a_prepared_folder(stopped, tmp_path):
+def test_replaced_folder_of_prepared_text_is_refused(stop_a_run, tmp_path):
     prepare([str(tmp_path / "text.jsonl")], tmp_path / "text", vocab_size=300, num_proc=1)
-    recipe, run = stopped(**{"data.sources": str(tmp_path / "text")})
+    recipe, run = stop_a_run(**{"data.sources": str(tmp_path / "text")})
     (tmp_path / "text").rename(tmp_path / "first")
     prepare([str(tmp_path / "other.jsonl")], tmp_path / "text", vocab_size=300, num_proc=1)
-    refused(recipe, run, r"its prepared text \(with the tokenizer\)")
+    assert_resuming_is_refused(recipe, run, r"its prepared text \(with the tokenizer\)")
     shutil.rmtree(tmp_path / "text")
     (tmp_path / "first").rename(tmp_path / "text")
     stages.train(recipe, run, resume=True)
 
 
-def test_another_tokenizer(stopped, tmp_path):
-    recipe, run = stopped()
+def test_text_prepared_with_another_tokenizer_is_refused(stop_a_run, tmp_path):
+    recipe, run = stop_a_run()
     shutil.rmtree(run / "data")
     prepare(
         [str(tmp_path / "text.jsonl")],
@@ -70,47 +70,46 @@ def test_another_tokenizer(stopped, tmp_path):
         validation_fraction=0.2,
         seed=3,
     )
-    refused(recipe, run, r"its prepared text \(with the tokenizer\)")
+    assert_resuming_is_refused(recipe, run, r"its prepared text \(with the tokenizer\)")
 
 
-def test_text_that_is_prepared_again_is_the_same(stopped, tmp_path):
-    recipe, run = stopped()
+def test_deleted_text_is_prepared_again_identically(stop_a_run, tmp_path):
+    recipe, run = stop_a_run()
     shutil.rmtree(run / "data")
-    whole = stages.train(recipe, tmp_path / "whole")
+    uninterrupted = stages.train(recipe, tmp_path / "uninterrupted")
     resumed = stages.train(recipe, run, resume=True)
-    first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    first, second = (load_file(folder / "model.safetensors") for folder in (uninterrupted, resumed))
     assert all((first[name] == second[name]).all() for name in first)
 
 
-def test_streamed_text_that_has_grown(stopped, tmp_path):
-    recipe, run = stopped(**{"data.streaming": True})
+def test_streamed_text_that_has_grown_is_refused(stop_a_run, tmp_path):
+    recipe, run = stop_a_run(**{"data.streaming": True})
     with (tmp_path / "text.jsonl").open("a") as file:
         file.write('{"text": "more"}\n')
-    refused(recipe, run, "its streamed text")
+    assert_resuming_is_refused(recipe, run, "its streamed text")
 
 
-def test_another_autoencoder(stopped, tmp_path):
-    write_stories(tmp_path / "text.jsonl", 0, 40)
+def test_modified_autoencoder_is_refused(stop_a_run, tmp_path):
     stages.train(toy_recipe(tmp_path / "text.jsonl"), tmp_path / "first")
-    recipe, run = stopped(**{"autoencoder.path": str(tmp_path / "first/autoencoder")})
+    recipe, run = stop_a_run(**{"autoencoder.path": str(tmp_path / "first/autoencoder")})
     file = tmp_path / "first/autoencoder/model.safetensors"
     weights = load_file(file)
     name = next(iter(weights))
     weights[name] = weights[name] + 1
     save_file(weights, file, {"format": "pt"})
     (file.parent / "checksums.json").unlink()
-    refused(recipe, run, "the autoencoder '.*autoencoder'")
+    assert_resuming_is_refused(recipe, run, "the autoencoder '.*autoencoder'")
 
 
-def test_a_recipe_that_was_changed_in_the_run_itself(stopped):
-    recipe, run = stopped()
+def test_recipe_that_was_edited_in_the_run_is_refused(stop_a_run):
+    recipe, run = stop_a_run()
     other = with_settings(recipe, {"seed": 4})
     write_recipe(other, run / "recipe.yaml")
-    refused(other, run, "its recipe")
+    assert_resuming_is_refused(other, run, "its recipe")
 
 
-def test_only_what_is_set_counts_in_the_digest_of_a_recipe():
-    """So a recipe is the same for a version with more settings."""
+def test_defaults_do_not_count_in_the_digest_of_a_recipe():
+    """So a recipe keeps its digest when a later version adds settings."""
 
     @dataclasses.dataclass
     class Inner:
@@ -131,8 +130,8 @@ def test_only_what_is_set_counts_in_the_digest_of_a_recipe():
 
 
 @pytest.fixture
-def another(tmp_path):
-    """Another run, of the same text and another seed."""
+def train_another_run(tmp_path):
+    """Trains another run on the same text with another seed; returns its folder."""
     recipe = with_settings(toy_recipe(tmp_path / "text.jsonl"), {"seed": 9})
 
     def make():
@@ -142,24 +141,24 @@ def another(tmp_path):
     return make
 
 
-def test_the_autoencoder_of_another_run(stopped, another):
-    recipe, run = stopped()
+def test_autoencoder_of_another_run_is_refused(stop_a_run, train_another_run):
+    recipe, run = stop_a_run()
     shutil.rmtree(run / "autoencoder")
-    shutil.copytree(another() / "autoencoder", run / "autoencoder")
-    refused(recipe, run, "its autoencoder")
+    shutil.copytree(train_another_run() / "autoencoder", run / "autoencoder")
+    assert_resuming_is_refused(recipe, run, "its autoencoder")
 
 
-def test_the_checkpoints_of_another_run(stopped, another):
-    recipe, run = stopped()
+def test_checkpoints_of_another_run_are_refused(stop_a_run, train_another_run):
+    recipe, run = stop_a_run()
     shutil.rmtree(run / "checkpoints/language_model")
-    shutil.copytree(another() / "checkpoints/language_model", run / "checkpoints/language_model")
+    shutil.copytree(train_another_run() / "checkpoints/language_model", run / "checkpoints/language_model")
     with pytest.raises(InputError, match=r"checkpoint-\d+' belongs to another run: its recipe changed"):
         stages.train(recipe, run, resume=True)
 
 
 @pytest.mark.parametrize("part", ["model", "autoencoder"])
-def test_a_finished_part_that_is_damaged_is_not_called_finished(part, stopped):
-    recipe, run = stopped()
+def test_damaged_model_of_a_finished_run_is_an_error(part, stop_a_run):
+    recipe, run = stop_a_run()
     stages.train(recipe, run, resume=True)
     file = run / part / "model.safetensors"
     content = bytearray(file.read_bytes())
@@ -170,33 +169,34 @@ def test_a_finished_part_that_is_damaged_is_not_called_finished(part, stopped):
 
 
 @pytest.mark.parametrize("part", ["model", "autoencoder"])
-def test_an_empty_folder_is_no_finished_part(part, stopped, tmp_path):
-    recipe, run = stopped()
+def test_empty_folder_does_not_count_as_trained(part, stop_a_run, tmp_path):
+    recipe, run = stop_a_run()
     shutil.rmtree(run / part, ignore_errors=True)
     (run / part).mkdir()
     stages.train(recipe, run, resume=True)
     assert (run / part / "model.safetensors").is_file()
 
 
-def test_a_run_of_an_earlier_version_goes_on(stopped):
-    recipe, run = stopped()
+def test_run_without_a_record_of_its_inputs_resumes(stop_a_run):
+    """As runs of earlier versions are; the record is written then."""
+    recipe, run = stop_a_run()
     (run / "inputs.json").unlink()
     stages.train(recipe, run, resume=True)
-    noted = json.loads((run / "inputs.json").read_text())
-    assert noted.keys() == {"its recipe", "its prepared text (with the tokenizer)", "its autoencoder"}
+    recorded = json.loads((run / "inputs.json").read_text())
+    assert recorded.keys() == {"its recipe", "its prepared text (with the tokenizer)", "its autoencoder"}
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "\0", "[" * 100_000])
-def test_a_damaged_record_is_named(content, stopped):
-    recipe, run = stopped()
+def test_damaged_record_of_the_inputs_is_named(content, stop_a_run):
+    recipe, run = stop_a_run()
     (run / "inputs.json").write_text(content)
     with pytest.raises(InputError, match=r"inputs\.json' is damaged .*; restore it or move it away"):
         stages.train(recipe, run, resume=True)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "\0"])
-def test_a_damaged_history_is_set_aside(content, stopped, caplog):
-    recipe, run = stopped()
+def test_a_damaged_history_is_set_aside(content, stop_a_run, caplog):
+    recipe, run = stop_a_run()
     (run / "history.json").write_text(content)
     stages.train(recipe, run, resume=True)
     assert json.loads((run / "history.json").read_text()).keys() == {"language_model"}
@@ -211,7 +211,7 @@ def base(tmp_path_factory):
     return stages.train(toy_recipe(folder / "text.jsonl"), folder / "run")
 
 
-def test_fine_tuning_of_another_model_or_of_other_examples(base, tmp_path, monkeypatch):
+def test_fine_tuning_resumes_only_with_the_same_model_and_examples(base, tmp_path, monkeypatch):
     shutil.copytree(base, tmp_path / "base")
     lines = [json.dumps({"prompt": f"p{n}", "completion": f"c{n}"}) + "\n" for n in range(12)]
     (tmp_path / "examples.jsonl").write_text("".join(lines))
@@ -230,47 +230,47 @@ def test_fine_tuning_of_another_model_or_of_other_examples(base, tmp_path, monke
         finetune(recipe, tmp_path / "run", resume=True)
     (tmp_path / "examples.jsonl").write_text("".join(lines))
     file = tmp_path / "base/model.safetensors"
-    good = file.read_bytes()
+    original = file.read_bytes()
     weights = load_file(file)
     save_file({name: weight + 1 for name, weight in weights.items()}, file, {"format": "pt"})
     (tmp_path / "base/checksums.json").unlink()
     with pytest.raises(InputError, match=r"the model '.*base' changed since the run began"):
         finetune(recipe, tmp_path / "run", resume=True)
-    file.write_bytes(good)
+    file.write_bytes(original)
     finetune(dataclasses.replace(recipe), tmp_path / "run", resume=True)
 
 
-BEFORE = ["2f8d5374a84835e5a4aa5adee95338a1", "905d9bc69d5184c855e2aeaf4d2a944c"]
+EARLIER_DIGESTS = ["2f8d5374a84835e5a4aa5adee95338a1", "905d9bc69d5184c855e2aeaf4d2a944c"]
 
 
-def test_a_run_of_before_goes_on_although_all_its_settings_are_on_record(tmp_path):
-    """Also those that do not change its weights, whose digests are these."""
+def test_runs_of_earlier_versions_resume_by_their_digest(tmp_path):
+    """These digests were recorded by versions that also counted settings without effect on the weights."""
     recipe = with_settings(
         Recipe(report_to="wandb"),
         {"data.num_proc": 2, "language_model.training.save_every": 50, "language_model.training.steps": 77},
     )
-    for number, noted in enumerate(BEFORE):
+    for number, digest in enumerate(EARLIER_DIGESTS):
         (tmp_path / str(number)).mkdir()
-        write_atomically(tmp_path / f"{number}/inputs.json", json.dumps({"its recipe": noted}))
+        write_atomically(tmp_path / f"{number}/inputs.json", json.dumps({"its recipe": digest}))
         check_recipe_and_inputs(tmp_path / str(number), recipe, {})
         with pytest.raises(InputError, match="its recipe changed since the run began"):
             check_recipe_and_inputs(tmp_path / str(number), with_settings(recipe, {"seed": 1}), {})
 
 
-def test_the_order_of_the_fields_of_a_head_means_nothing(tmp_path):
-    """And a run of before, whose record kept an order, goes on with that order or with the sorted one."""
-    one = {"head_type": "flow", "num_blocks": 1, "frequency_size": 16}
-    other = dict(sorted(one.items()))
-    recipes = [Recipe(language_model=LanguageModelSettings(head=head)) for head in (one, other)]
+def test_order_of_the_fields_of_a_head_does_not_matter(tmp_path):
+    """And a run of an earlier version, whose digest depends on the order, resumes with that order."""
+    head = {"head_type": "flow", "num_blocks": 1, "frequency_size": 16}
+    reordered = dict(sorted(head.items()))
+    recipes = [Recipe(language_model=LanguageModelSettings(head=fields)) for fields in (head, reordered)]
     assert len({digest_of_recipe(recipe) for recipe in recipes}) == 1
     (tmp_path / "new").mkdir()
     (tmp_path / "old").mkdir()
     check_recipe_and_inputs(tmp_path / "new", recipes[0], {})
     check_recipe_and_inputs(tmp_path / "new", recipes[1], {})
-    as_before = digest_of_recipe(recipes[0], sort_keys=False)
-    assert as_before != digest_of_recipe(recipes[0])
-    write_atomically(tmp_path / "old/inputs.json", json.dumps({"its recipe": as_before}))
+    unsorted_digest = digest_of_recipe(recipes[0], sort_keys=False)
+    assert unsorted_digest != digest_of_recipe(recipes[0])
+    write_atomically(tmp_path / "old/inputs.json", json.dumps({"its recipe": unsorted_digest}))
     check_recipe_and_inputs(tmp_path / "old", recipes[0], {})
-    changed = Recipe(language_model=LanguageModelSettings(head=one | {"num_blocks": 2}))
+    changed = Recipe(language_model=LanguageModelSettings(head=head | {"num_blocks": 2}))
     with pytest.raises(InputError, match="its recipe changed since the run began"):
         check_recipe_and_inputs(tmp_path / "old", changed, {})

@@ -1,4 +1,4 @@
-"""The map of the room, for whoever opens it."""
+"""The list of modules in the docstring of `calm.training`."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,6 @@ from pathlib import Path
 from calm import training
 
 
-def test_the_map_names_every_file_and_no_other():
+def test_docstring_of_the_package_names_every_file_and_no_other():
     files = {path.name for path in Path(training.__file__).parent.glob("*.py")} - {"__init__.py"}
     assert set(re.findall(r"\w+\.py", training.__doc__)) == files

@@ -1,4 +1,4 @@
-"""Training that begins with a CALM and gives it another head."""
+"""Training that starts from a CALM and gives it another head."""
 
 import json
 from pathlib import Path
@@ -44,15 +44,15 @@ def recipe_for(base: Path, kind: str, **settings):
 
 
 def states_of(model, ids: torch.Tensor) -> torch.Tensor:
-    """States of the backbone after its last layer, before a norm."""
-    seen = []
+    """States after the last layer of the backbone, before its norm."""
+    states = []
     hook = model.backbone.layers[-1].register_forward_hook(
-        lambda module, inputs, output: seen.append(output[0] if isinstance(output, tuple) else output)
+        lambda module, inputs, output: states.append(output[0] if isinstance(output, tuple) else output)
     )
     with torch.no_grad():
         model.hidden_states_of_chunks(ids)
     hook.remove()
-    return seen[0]
+    return states[0]
 
 
 KINDS = {
@@ -64,7 +64,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize(("kind", "settings"), KINDS.values(), ids=KINDS)
-def test_before_training_the_states_are_those_of_the_source(kind, settings, base):
+def test_new_model_starts_with_the_backbone_states_of_its_source(kind, settings, base):
     recipe = with_inherited_parts(recipe_for(base, kind, **settings))
     source = load_model(str(base / kind / "model"))
     data = load_prepared(base / kind / "data")
@@ -77,7 +77,7 @@ def test_before_training_the_states_are_those_of_the_source(kind, settings, base
     ids = torch.randint(3, 300, (3, 32), generator=torch.Generator().manual_seed(0))
     assert torch.equal(states_of(model, ids), states_of(source, ids))
     assert isinstance(model.projection, LastTokenProjection) == (kind == "uptrained")
-    # Other heads than the decoder read states of a common size: a norm is added where there is none.
+    # Heads other than the decoder expect states of a common size: without a norm, one is added.
     assert model.config.final_norm == (kind == "sequential" or model.head.config.head_type != "decoder")
     states = model.hidden_states_of_chunks(ids)[..., : config.hidden_size]
     if config.final_norm:
@@ -86,52 +86,52 @@ def test_before_training_the_states_are_those_of_the_source(kind, settings, base
         assert torch.equal(states, model.backbone.norm(states_of(source, ids)))
         assert model.backbone.norm.weight.eq(1).all()
     assert type(model.head) is not type(source.head)
-    held = autoencoder.state_dict()
-    assert all(torch.equal(weight, held[name]) for name, weight in model.autoencoder.state_dict().items())
+    expected = autoencoder.state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in model.autoencoder.state_dict().items())
 
 
-def test_an_autoencoder_is_trained_first_and_a_kill_does_not_matter(base, tmp_path, monkeypatch):
+def test_autoencoder_is_trained_first_and_a_killed_run_resumes(base, tmp_path, monkeypatch):
     recipe = recipe_for(base, "uptrained")
-    whole = stages.train(recipe, tmp_path / "whole")
+    uninterrupted = stages.train(recipe, tmp_path / "uninterrupted")
     resumed = killed_and_resumed(recipe, tmp_path / "run", monkeypatch)
-    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
-    model = load_model(str(whole))
+    assert (uninterrupted / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+    model = load_model(str(uninterrupted))
     assert model.config.head.head_type == "energy" and model.config.vocab_size == 304
-    history = json.loads((tmp_path / "whole/history.json").read_text())
+    history = json.loads((tmp_path / "uninterrupted/history.json").read_text())
     assert {"autoencoder", "language_model"} == history.keys()
-    trained = load_file(tmp_path / "whole/autoencoder/model.safetensors")
-    own = load_file(whole / "model.safetensors")
-    assert all(torch.equal(own[f"autoencoder.{name}"], weight) for name, weight in trained.items())
-    inputs = json.loads((tmp_path / "whole/inputs.json").read_text())
+    trained = load_file(tmp_path / "uninterrupted/autoencoder/model.safetensors")
+    weights = load_file(uninterrupted / "model.safetensors")
+    assert all(torch.equal(weights[f"autoencoder.{name}"], weight) for name, weight in trained.items())
+    inputs = json.loads((tmp_path / "uninterrupted/inputs.json").read_text())
     assert f"the model '{base / 'uptrained/model'}'" in inputs
     assert len(model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=4)[0]) > 4
 
 
-def test_an_autoencoder_that_is_there_is_taken(base, tmp_path):
-    first = stages.train_autoencoder(recipe_for(base, "sequential"), tmp_path / "first")
-    recipe = recipe_for(base, "sequential", **{"autoencoder.path": str(first)})
+def test_given_autoencoder_is_used(base, tmp_path):
+    autoencoder = stages.train_autoencoder(recipe_for(base, "sequential"), tmp_path / "autoencoder")
+    recipe = recipe_for(base, "sequential", **{"autoencoder.path": str(autoencoder)})
     model = load_model(str(stages.train(recipe, tmp_path / "run")))
-    held = load_file(first / "model.safetensors")
-    assert all(torch.equal(weight, held[name]) for name, weight in model.autoencoder.state_dict().items())
+    expected = load_file(autoencoder / "model.safetensors")
+    assert all(torch.equal(weight, expected[name]) for name, weight in model.autoencoder.state_dict().items())
 
 
 def test_a_model_that_reads_latents_keeps_its_autoencoder(base, tmp_path):
     flow = {"head_type": "flow", "num_blocks": 1, "num_steps": 2, "frequency_size": 16}
-    own = {"autoencoder.path": str(base / "latents"), "language_model.head": flow}
-    model = load_model(str(stages.train(recipe_for(base, "latents", **own), tmp_path / "run")))
+    settings = {"autoencoder.path": str(base / "latents"), "language_model.head": flow}
+    model = load_model(str(stages.train(recipe_for(base, "latents", **settings), tmp_path / "run")))
     assert model.config.head.head_type == "flow" and model.config.reads_latents
 
 
-def test_trained_parts_have_rates_of_their_own(base):
+def test_weights_of_the_source_have_their_own_learning_rate(base):
     recipe = with_inherited_parts(recipe_for(base, "uptrained"))
     data = load_prepared(base / "uptrained/data")
     model = language_model_of(recipe, data, tiny_model(vocab_size=304).autoencoder)
     settings = OptimizerSettings(name="adamw", learning_rate=0.1, source_rate=0.5)
     groups = build_optimizer(model, settings).param_groups
-    rates = {id(one): group["lr"] for group in groups for one in group["params"]}
-    new = {id(one) for one in (*model.head.parameters(), model.backbone.norm.weight)}
-    assert {rate for one, rate in rates.items() if one in new} == {0.1}
-    assert {rate for one, rate in rates.items() if one not in new} == {0.05}
+    rates = {id(weight): group["lr"] for group in groups for weight in group["params"]}
+    new = {id(weight) for weight in (*model.head.parameters(), model.backbone.norm.weight)}
+    assert {rate for weight, rate in rates.items() if weight in new} == {0.1}
+    assert {rate for weight, rate in rates.items() if weight not in new} == {0.05}
 
 
 REFUSED = {
@@ -150,17 +150,17 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("kind", "changes", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_does_not_fit_is_refused_before_anything_is_written(
+def test_invalid_settings_are_refused_before_anything_is_written(
     kind, changes, message, base, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(base)
     write_recipe(recipe_for(base, kind, **changes), tmp_path / "recipe.yaml")
-    said = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
-    assert message in said and not (tmp_path / "run").exists()
+    error = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    assert message in error and not (tmp_path / "run").exists()
 
 
-def test_without_being_asked_no_head_is_lost(base, tmp_path):
-    """The recipe has another head, which by itself says nothing."""
+def test_head_is_replaced_only_on_request(base, tmp_path):
+    """That the recipe has another head is not a request."""
     recipe = recipe_for(base, "sequential", **{NEW: False})
     model = load_model(str(stages.train(recipe, tmp_path / "run")))
     assert recipe.language_model.head["head_type"] == "energy"

@@ -1,4 +1,4 @@
-"""Training noise belongs to seed, step and block, so splitting a batch changes nothing."""
+"""Training noise depends on the seed, the step and the block, so splitting a batch changes nothing."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from calm.training.noise import generators_of_blocks, number_of_block
 
 
 def blocks(count=4):
-    """Blocks with padding in places, and documents that start inside."""
+    """Blocks in which some labels are ignored, and a second document starts in one."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 40, (count, 32), generator=generator)
     labels = ids.clone()
@@ -23,7 +23,7 @@ def blocks(count=4):
     return ids, labels, positions
 
 
-def test_a_generator_for_each_seed_step_and_block():
+def test_noise_differs_between_seeds_steps_and_blocks():
     ids, _, _ = blocks()
     numbers = [number_of_block(row) for row in ids]
     assert len(set(numbers)) == len(numbers)
@@ -37,8 +37,8 @@ def test_a_generator_for_each_seed_step_and_block():
     assert len(set(different)) == len(different)
 
 
-def gradient(model, parts, total):
-    """Loss and gradient of an optimizer step whose blocks come in parts."""
+def loss_and_gradient(model, parts, total):
+    """Loss and gradient of an optimizer step whose blocks come in several parts."""
     model.train().zero_grad()
     losses = []
     for ids, labels, positions in parts:
@@ -55,11 +55,8 @@ def gradient(model, parts, total):
     return sum(losses), gradients
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [*HEADS, "energy, integrated", "autoencoder"],
-)
-def test_a_batch_in_parts_has_the_same_gradient(kind):
+@pytest.mark.parametrize("kind", [*HEADS, "energy, integrated", "autoencoder"])
+def test_split_batch_has_the_same_gradient(kind):
     if kind == "autoencoder":
         model = tiny_model().autoencoder.requires_grad_(True)
     else:
@@ -69,16 +66,18 @@ def test_a_batch_in_parts_has_the_same_gradient(kind):
         model = tiny_model(head_config=head)
     ids, labels, positions = blocks()
     total = model.count_targets(labels, positions)
-    whole = gradient(model, [(ids, labels, positions)], total)
+    expected = loss_and_gradient(model, [(ids, labels, positions)], total)
     order = [slice(2, 4), slice(0, 1), slice(1, 2)]
-    parts = gradient(model, [(ids[part], labels[part], positions[part]) for part in order], total)
-    assert_close(whole, parts, rtol=1e-4, atol=1e-6)
-    # The whole batch alone needs no count.
-    alone = gradient(model, [(ids, labels, positions)], None)
-    assert_close(whole, alone)
+    actual = loss_and_gradient(model, [(ids[part], labels[part], positions[part]) for part in order], total)
+    assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+    # A batch in one part needs no count of the targets.
+    uncounted = loss_and_gradient(model, [(ids, labels, positions)], None)
+    assert_close(uncounted, expected)
 
 
-def test_heads_of_other_packages_need_not_tell_what_they_draw():
+def test_no_noise_is_drawn_for_a_head_that_does_not_implement_it():
+    """Heads of other packages need not."""
+
     class Silent(EnergyHead):
         draw_noise = GenerativeHead.draw_noise
 

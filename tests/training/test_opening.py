@@ -1,4 +1,4 @@
-"""A command that is refused leaves nothing behind, and takes nothing away."""
+"""A command that is refused leaves nothing behind, and removes nothing."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def runs(tmp_path_factory):
     return folder
 
 
-def everything_below(folder: Path):
+def contents_of(folder: Path):
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
@@ -76,32 +76,25 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("option", "value", "message"), REFUSED.values(), ids=REFUSED)
-def test_a_refused_training_leaves_nothing(option, value, message, runs, tmp_path, capsys):
+def test_refused_training_leaves_nothing_behind(option, value, message, runs, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     value = value.replace("{folder}", str(runs)).replace("{empty}", str(tmp_path / "empty"))
-    arguments = [
-        "train",
-        "--recipe",
-        runs / "toy.yaml",
-        option,
-        value.replace("{text}", str(runs / "text.jsonl")),
-    ]
-    before = everything_below(tmp_path)
+    value = value.replace("{text}", str(runs / "text.jsonl"))
+    arguments = ["train", "--recipe", runs / "toy.yaml", option, value]
+    before = contents_of(tmp_path)
     assert message in failure(capsys, *arguments, "--output", tmp_path / "new/deep/run")
-    assert everything_below(tmp_path) == before
+    assert contents_of(tmp_path) == before
 
 
 @pytest.mark.parametrize("side", ["init_from", "teacher.model"])
 @pytest.mark.parametrize("fault", ["missing", "truncated", "damaged", "a shard", "pickle"])
-def test_weights_that_cannot_be_read_are_found_before_text_is_prepared(
-    side, fault, tmp_path, capsys, monkeypatch
-):
+def test_unreadable_weights_are_found_before_text_is_prepared(side, fault, tmp_path, capsys, monkeypatch):
     toy_source(tmp_path)
     weights = tmp_path / "source/model.safetensors"
-    whole = weights.read_bytes()
+    content = weights.read_bytes()
     weights.unlink()
     if fault in ("truncated", "damaged"):
-        weights.write_bytes(whole[: len(whole) // 2] if fault == "truncated" else b"\xff" * 99)
+        weights.write_bytes(content[: len(content) // 2] if fault == "truncated" else b"\xff" * 99)
     elif fault == "a shard":
         index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}
         (tmp_path / "source/model.safetensors.index.json").write_text(json.dumps(index))
@@ -116,34 +109,25 @@ def test_weights_that_cannot_be_read_are_found_before_text_is_prepared(
     )
     write_recipe(recipe, tmp_path / "recipe.yaml")
     monkeypatch.setattr("calm.training.opening.prepare", lambda *_, **__: pytest.fail("text was prepared"))
-    said = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    error = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
     words = {"missing": "there are no weights in", "a shard": "which is missing; restore it from a copy"}
-    assert words.get(fault, "it is truncated or damaged") in said and "source" in said
+    assert words.get(fault, "it is truncated or damaged") in error and "source" in error
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["a mistyped source", "a hub dataset", "a field"])
-def test_a_refused_training_takes_nothing_away(name, runs, tmp_path, capsys):
+def test_refused_training_removes_nothing(name, runs, tmp_path, capsys):
     option, value, _ = REFUSED[name]
     (tmp_path / "run/model").mkdir(parents=True)
     (tmp_path / "run/model/config.json").write_text("mine")
     shutil.copy(runs / "of_two/recipe.yaml", tmp_path / "run")
-    before = everything_below(tmp_path)
-    failure(
-        capsys,
-        "train",
-        "--recipe",
-        runs / "toy.yaml",
-        option,
-        value,
-        "--overwrite",
-        "--output",
-        tmp_path / "run",
-    )
-    assert everything_below(tmp_path) == before
+    before = contents_of(tmp_path)
+    arguments = ["train", "--recipe", runs / "toy.yaml", option, value, "--overwrite"]
+    failure(capsys, *arguments, "--output", tmp_path / "run")
+    assert contents_of(tmp_path) == before
 
 
-def test_the_optimizer_is_told_what_it_does_not_take(runs, tmp_path, capsys):
+def test_settings_that_the_optimizer_rejects_are_refused(runs, tmp_path, capsys):
     changes = {"name": "lion", "extra": '{"betas": [2, 2]}'}
     more = [f"--language_model.training.optimizer.{name}={value}" for name, value in changes.items()]
     arguments = ["train", "--recipe", runs / "toy.yaml", "--output", tmp_path / "run", *more]
@@ -151,13 +135,13 @@ def test_the_optimizer_is_told_what_it_does_not_take(runs, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_corrected_command_works(runs, tmp_path, capsys):
+def test_corrected_command_works_in_the_same_folder(runs, tmp_path, capsys):
     arguments = ["train", "--recipe", str(runs / "toy.yaml"), "--output", str(tmp_path / "run")]
     failure(capsys, *arguments, "--data.sources", "nobody/nothing")
     main(arguments)
     assert (tmp_path / "run/model/model.safetensors").is_file()
-    said = capsys.readouterr().err
-    assert said.count("calm: text: 24 documents and ") == 1
+    stderr = capsys.readouterr().err
+    assert stderr.count("calm: text: 24 documents and ") == 1
     main([*arguments, "--overwrite"])
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "autoencoder", "checkpoints", "data", "history.json", "inputs.json", "model", "recipe.yaml",
@@ -165,7 +149,7 @@ def test_the_corrected_command_works(runs, tmp_path, capsys):
     ]  # fmt: skip
 
 
-def test_prepared_text_is_counted_before_it_is_trained_on(runs, tmp_path, caplog):
+def test_document_counts_of_prepared_text_are_logged(runs, tmp_path, caplog):
     recipe = with_settings(toy_recipe(runs / "of_two/data"), {"model": "autoregressive", "chunk_size": 1})
     with caplog.at_level("INFO", "calm"):
         stages.train(recipe, tmp_path / "run")
@@ -174,7 +158,7 @@ def test_prepared_text_is_counted_before_it_is_trained_on(runs, tmp_path, caplog
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_text_partly_prepared_is_kept_and_the_same_command_goes_on(overwrite, runs, tmp_path, monkeypatch):
+def test_partly_prepared_text_is_kept_for_the_next_attempt(overwrite, runs, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_GROUP_BYTES_PER_PROCESS", 1)
     monkeypatch.setattr(pieces, "_DOCUMENTS_PER_PIECE", 5)
     text, run = tmp_path / "text", tmp_path / "run"
@@ -199,12 +183,12 @@ def test_text_partly_prepared_is_kept_and_the_same_command_goes_on(overwrite, ru
     ]  # fmt: skip
 
 
-def test_what_a_command_reads_is_not_replaced_by_it(runs, tmp_path, capsys):
+def test_commands_do_not_overwrite_their_own_inputs(runs, tmp_path, capsys):
     run = tmp_path / "run"
     stages.train(toy_recipe(runs / "text.jsonl"), run)
     (run / "mine.txt").write_text("one\n\ntwo\n")
     (tmp_path / "link").symlink_to(run / "mine.txt")
-    before = everything_below(tmp_path)
+    before = contents_of(tmp_path)
     train = ["train", "--recipe", runs / "toy.yaml", "--overwrite", "--output", run]
     for more in (
         ("--data.sources", run / "mine.txt"),
@@ -222,10 +206,10 @@ def test_what_a_command_reads_is_not_replaced_by_it(runs, tmp_path, capsys):
     assert "lies in the output folder" in failure(
         capsys, "prepare", run / "mine.txt", "--overwrite", "--output", run
     )
-    assert everything_below(tmp_path) == before
+    assert contents_of(tmp_path) == before
 
 
-OTHERS = {
+OTHER_COMMANDS = {
     "demo": ["demo", "--stories", "10", "--recipe", "{bad}"],
     "compare": ["compare", "--recipe", "{missing}"],
     "a comparison without a budget": ["compare", "--recipe", "{toy}", "--budget", "0"],
@@ -246,8 +230,8 @@ OTHERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("arguments", OTHERS.values(), ids=OTHERS)
-def test_other_commands_leave_nothing_either(arguments, runs, tmp_path, capsys):
+@pytest.mark.parametrize("arguments", OTHER_COMMANDS.values(), ids=OTHER_COMMANDS)
+def test_other_refused_commands_leave_nothing_behind(arguments, runs, tmp_path, capsys):
     recipe = toy_recipe(runs / "text.jsonl")
     files = {
         "toy": runs / "toy.yaml", "model": runs / "of_two/model", "text": runs / "text.jsonl",
@@ -257,25 +241,17 @@ def test_other_commands_leave_nothing_either(arguments, runs, tmp_path, capsys):
     write_recipe(with_settings(recipe, {"data.vocab_size": 10}), files["bad"])
     write_recipe(with_settings(recipe, {"data.sources": "no.jsonl"}), files["missing"])
     files["broken"].write_text('{"text": "good"}\n{\n')
-    before = everything_below(tmp_path)
+    before = contents_of(tmp_path)
     failure(capsys, *(part.format(**files) if "{" in part else part for part in arguments),
             "--output", tmp_path / "new/out")  # fmt: skip
-    assert everything_below(tmp_path) == before
+    assert contents_of(tmp_path) == before
 
 
-def test_a_run_takes_the_tokenizer_of_a_model_by_its_name(tmp_path, capsys):
+def test_tokenizer_of_a_shipped_model_is_found_by_its_name(tmp_path, capsys):
     write_stories(tmp_path / "text.jsonl", 0, 12)
     expected = load_tokenizer(folder_of("stories")).get_vocab()
-    main(
-        [
-            "prepare",
-            str(tmp_path / "text.jsonl"),
-            "--tokenizer",
-            "stories",
-            "--output",
-            str(tmp_path / "data"),
-        ]
-    )
+    text, data = str(tmp_path / "text.jsonl"), str(tmp_path / "data")
+    main(["prepare", text, "--tokenizer", "stories", "--output", data])
     assert load_prepared(tmp_path / "data").tokenizer.get_vocab() == expected
     recipe = with_settings(toy_recipe(tmp_path / "text.jsonl"), {"data.tokenizer": "stories"})
     with opening.open_run(Run(recipe, tmp_path / "run")) as data:

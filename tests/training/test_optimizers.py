@@ -1,4 +1,4 @@
-"""Muon against its definition; which parameters go where; schedules; other optimizers by name."""
+"""Muon against its definition; which parameters get which update; schedules; optimizers by name."""
 
 import pytest
 import torch
@@ -12,15 +12,16 @@ from calm import register_optimizer
 from calm.data.stories import write_stories
 from calm.errors import InputError
 from calm.training import optimizers
+from calm.training.check import check_steps
 from calm.training.optimizers import build_optimizer, build_scheduler, check_optimizer
-from calm.training.recipe import OptimizerSettings
+from calm.training.recipe import OptimizerSettings, TrainingSettings
 from calm.training.recipe_files import with_settings
 from calm.training.stages import train_autoencoder
 from calm.training.thinking import reset_optimizer
 
 
 def test_muon_steps_along_nearly_orthogonal_matrices():
-    """All singular values of an update lie near 1, whatever those of the gradient are."""
+    """The singular values of an update are near 1, whatever those of the gradient are."""
     layer = nn.Linear(24, 48, bias=False)
     before = layer.weight.detach().clone()
     optimizer = build_optimizer(layer, OptimizerSettings(learning_rate=0.1))
@@ -29,9 +30,9 @@ def test_muon_steps_along_nearly_orthogonal_matrices():
     optimizer.step()
     # A tall matrix moves by lr · sqrt(rows / columns), in float32.
     update = (before - layer.weight.detach()) / (0.1 * 2**0.5)
-    singular = torch.linalg.svdvals(update)
-    assert singular.min() > 0.3
-    assert singular.max() < 1.3
+    singular_values = torch.linalg.svdvals(update)
+    assert singular_values.min() > 0.3
+    assert singular_values.max() < 1.3
     assert_close(update @ v.T / (update @ v.T).norm(dim=0), u, atol=0.05, rtol=0)
 
 
@@ -41,25 +42,25 @@ def test_muon_is_computed_in_float32_on_a_cpu():
     group = optimizer.param_groups[0]
     (update,) = optimizer._orthogonalize(group, [torch.randn(8, 8)])
     assert update.dtype == torch.float32
-    # Not float32 numbers that went through bfloat16.
+    # They are not float32 numbers that were rounded to bfloat16 before.
     assert (update.bfloat16().float() != update).any()
 
 
-def test_muon_is_computed_in_bfloat16_where_the_training_is(tmp_path):
+def test_muon_is_computed_in_bfloat16_if_the_training_is():
     layer = nn.Linear(8, 8, bias=False)
     optimizer = build_optimizer(layer, OptimizerSettings(), "bf16")
     layer.weight.grad = torch.randn(8, 8)
     optimizer.step()
     resumed = build_optimizer(layer, OptimizerSettings())
     resumed.load_state_dict(optimizer.state_dict())
-    for one in (optimizer, resumed):
-        (update,) = one._orthogonalize(one.param_groups[0], [torch.randn(8, 8)])
+    for muon in (optimizer, resumed):
+        (update,) = muon._orthogonalize(muon.param_groups[0], [torch.randn(8, 8)])
         assert (update.bfloat16().float() == update.float()).all()
         assert torch.linalg.svdvals(update.float()).sub(1).abs().max() < 0.7
 
 
-def test_the_rest_takes_the_steps_of_adamw():
-    """Three of them: what is corrected for the beginning depends on their number."""
+def test_parameters_without_muon_get_the_updates_of_torch_adamw():
+    """Over three steps: the bias correction depends on their number."""
     settings = OptimizerSettings(adamw_learning_rate=0.01, beta1=0.8, beta2=0.9, epsilon=1e-6)
     layers = [nn.Embedding(7, 3), nn.Embedding(7, 3)]
     layers[1].load_state_dict(layers[0].state_dict())
@@ -73,7 +74,7 @@ def test_the_rest_takes_the_steps_of_adamw():
     assert_close(layers[0].weight, layers[1].weight)
 
 
-def test_who_gets_muon():
+def test_hidden_matrices_get_muon_and_other_parameters_adamw():
     model = tiny_model()
     optimizer = build_optimizer(model, OptimizerSettings())
     muon = {id(p) for group in optimizer.param_groups if group["use_muon"] for p in group["params"]}
@@ -89,7 +90,7 @@ def test_who_gets_muon():
     assert not muon & adamw
 
 
-def test_a_model_of_tokens_gets_muon_but_for_its_embeddings():
+def test_token_level_model_gets_muon_except_for_embeddings_and_norms():
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes))
     optimizer = build_optimizer(model, OptimizerSettings())
@@ -106,14 +107,14 @@ def test_adamw_decays_matrices_only():
     assert decays == {2: 0.1, 1: 0.0}
 
 
-def test_other_optimizers_by_name():
+def test_other_optimizers_are_found_by_name():
     optimizer = build_optimizer(nn.Linear(2, 2), OptimizerSettings(name="lion", learning_rate=1e-3))
     assert type(optimizer).__name__ == "Lion"
     with pytest.raises(InputError, match="there is no optimizer 'adamm'"):
         build_optimizer(nn.Linear(2, 2), OptimizerSettings(name="adamm"))
 
 
-OWN = """
+OPTIMIZER_MODULE = """
 import torch
 from calm import register_optimizer
 
@@ -127,13 +128,13 @@ register_optimizer("sgd_of_my_own", build)
 """
 
 
-def test_an_optimizer_of_another_package_is_found_when_a_recipe_asks_for_it(tmp_path, monkeypatch):
-    """One file, named by an entry point of its package."""
+def test_optimizer_of_another_package_is_found_by_its_entry_point(tmp_path, monkeypatch):
+    """The package is one file and its metadata."""
     package = tmp_path / "optimizers_of_mine-1.0.dist-info"
     package.mkdir()
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: optimizers-of-mine\nVersion: 1.0\n")
     (package / "entry_points.txt").write_text("[calm.optimizers]\nsgd_of_my_own = optimizers_of_mine\n")
-    (tmp_path / "optimizers_of_mine.py").write_text(OWN)
+    (tmp_path / "optimizers_of_mine.py").write_text(OPTIMIZER_MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(optimizers, "_BUILDERS", dict(optimizers._BUILDERS))
     write_stories(tmp_path / "text.jsonl", 0, 12)
@@ -145,7 +146,7 @@ def test_an_optimizer_of_another_package_is_found_when_a_recipe_asks_for_it(tmp_
     assert state["param_groups"][0]["nesterov"]
 
 
-def test_one_that_does_not_take_its_settings_is_told_before_any_work():
+def test_optimizer_check_finds_rejected_settings_and_unknown_names():
     def build(model, settings):
         return torch.optim.SGD(model.parameters(), settings.learning_rate, **settings.extra)
 
@@ -161,6 +162,29 @@ def test_one_that_does_not_take_its_settings_is_told_before_any_work():
         del optimizers._BUILDERS["refusing"]
 
 
+def test_an_optimizer_that_needs_parts_of_the_model_is_not_refused_before_there_is_one(monkeypatch):
+    def build(model, settings):
+        return torch.optim.SGD([{"params": model.head.parameters()}], settings.learning_rate)
+
+    monkeypatch.setattr(optimizers, "_BUILDERS", dict(optimizers._BUILDERS))
+    register_optimizer("head_only", build)
+    check_optimizer(OptimizerSettings(name="head_only"))
+    optimizer = build_optimizer(tiny_model(), OptimizerSettings(name="head_only", learning_rate=0.5))
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "is_warned"),
+    [("adamw", 2e-2, True), ("adamw", 3e-4, False), ("adamw", 1e-2, False), ("muon", 2e-2, False)],
+)
+def test_adamw_at_the_learning_rate_of_muon_is_warned_about(name, rate, is_warned, caplog):
+    settings = TrainingSettings(
+        steps=2, batch_tokens=64, optimizer=OptimizerSettings(name=name, learning_rate=rate)
+    )
+    check_steps(settings, "language_model.training", 32, 1)
+    assert ("is adamw with a learning rate of 0.02" in caplog.text) == is_warned
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
@@ -169,7 +193,7 @@ def test_one_that_does_not_take_its_settings_is_told_before_any_work():
         ("warmup_stable_decay", {1: 0.5, 2: 1.0, 5: 1.0, 6: 1.0, 8: 0.5, 9: 0.25}),
     ],
 )
-def test_schedules(schedule, expected):
+def test_learning_rates_of_schedules(schedule, expected):
     settings = OptimizerSettings(
         name="adamw", learning_rate=1.0, schedule=schedule, warmup_steps=2, decay_fraction=0.4
     )
@@ -185,8 +209,8 @@ def test_schedules(schedule, expected):
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "lion", "stablespam", "schedulefreeadamw"])
-def test_an_optimizer_that_was_reset_is_a_new_one(name):
-    def trained(steps_before):
+def test_reset_optimizer_continues_like_a_new_one(name):
+    def weights_after(steps_before):
         torch.manual_seed(1)
         layer = nn.Linear(4, 4)
         settings = OptimizerSettings(name=name, learning_rate=1e-2)
@@ -195,8 +219,8 @@ def test_an_optimizer_that_was_reset_is_a_new_one(name):
         for step in range(steps_before + 3):
             if step == steps_before:
                 with torch.no_grad():
-                    for weight, old in zip(layer.parameters(), start, strict=True):
-                        weight.copy_(old)
+                    for weight, initial in zip(layer.parameters(), start, strict=True):
+                        weight.copy_(initial)
                 if steps_before:
                     reset_optimizer(optimizer, build_optimizer(layer, settings))
             generator = torch.Generator().manual_seed(step - steps_before)
@@ -205,4 +229,4 @@ def test_an_optimizer_that_was_reset_is_a_new_one(name):
             optimizer.step()
         return torch.cat([weight.flatten() for weight in layer.parameters()])
 
-    assert torch.equal(trained(0), trained(5))
+    assert torch.equal(weights_after(0), weights_after(5))

@@ -1,4 +1,4 @@
-"""`precision: auto`: what pays here, the same for a whole run, wherever it is resumed."""
+"""`precision: auto` picks what is faster on this machine, and a resumed run keeps its choice."""
 
 import pytest
 import torch
@@ -22,37 +22,37 @@ def precisions(recipe):
     return recipe.autoencoder.training.precision, recipe.language_model.training.precision
 
 
-@pytest.mark.parametrize(("gain", "chosen"), [(2.0, "bf16"), (1.0, "fp32"), (0.02, "fp32")])
-def test_what_pays_is_chosen(gain, chosen, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("gain", "expected"), [(2.0, "bf16"), (1.0, "fp32"), (0.02, "fp32")])
+def test_auto_picks_bf16_only_if_it_is_faster(gain, expected, monkeypatch, tmp_path):
     widths = []
     monkeypatch.setattr(precision, "mixed_precision_gain", lambda _, width: widths.append(width) or gain)
     recipe = recipe_of("fp32", "auto")
-    assert precisions(with_precision(recipe, tmp_path, False)) == ("fp32", chosen)
+    assert precisions(with_precision(recipe, tmp_path, False)) == ("fp32", expected)
     assert widths == [768]
-    assert precisions(recipe) == ("fp32", "auto")  # The caller's is not changed.
+    assert precisions(recipe) == ("fp32", "auto")  # The caller's recipe is not changed.
     finetuning = FinetuningRecipe()
     finetuning.training.precision = "auto"
-    assert with_precision(finetuning, tmp_path, False).training.precision == chosen
+    assert with_precision(finetuning, tmp_path, False).training.precision == expected
 
 
-def test_what_is_said_is_kept_unmeasured(monkeypatch, tmp_path):
+def test_explicit_precision_is_kept_without_measuring(monkeypatch, tmp_path):
     monkeypatch.setattr(precision, "mixed_precision_gain", None)
     recipe = recipe_of("bf16", "fp32")
     assert with_precision(recipe, tmp_path, False) is recipe
 
 
-def test_a_run_that_goes_on_keeps_its_own(monkeypatch, tmp_path):
+def test_resumed_run_keeps_its_precision(monkeypatch, tmp_path):
     monkeypatch.setattr(precision, "mixed_precision_gain", lambda *_: 9.0)
     write_recipe(recipe_of("bf16", "fp32"), tmp_path / RECIPE)
     assert precisions(with_precision(recipe_of("auto", "auto"), tmp_path, True)) == ("bf16", "fp32")
     assert precisions(with_precision(recipe_of("auto", "auto"), tmp_path, False)) == ("bf16", "bf16")
-    # What is asked for instead is not passed over in silence.
+    # An explicit precision is never replaced, so that a difference is noticed.
     assert precisions(with_precision(recipe_of("auto", "bf16"), tmp_path, True)) == ("bf16", "bf16")
 
 
-def test_an_accelerator_is_not_timed(monkeypatch, tmp_path):
+def test_accelerator_gets_its_best_dtype_without_measuring(monkeypatch, tmp_path):
     monkeypatch.setattr(precision, "mixed_precision_gain", None)
     monkeypatch.setattr(precision, "best_device", lambda: torch.device("cuda"))
-    for dtype, chosen in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+    for dtype, expected in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         monkeypatch.setattr(precision, "best_dtype", lambda _, dtype=dtype: dtype)
-        assert precisions(with_precision(recipe_of("auto", "bf16"), tmp_path, False)) == (chosen, "bf16")
+        assert precisions(with_precision(recipe_of("auto", "bf16"), tmp_path, False)) == (expected, "bf16")

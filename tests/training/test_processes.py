@@ -1,4 +1,4 @@
-"""One process, two, and one that sums gradients of two halves: the same run."""
+"""One process, several processes and gradient accumulation give the same run."""
 
 import json
 import shutil
@@ -17,12 +17,12 @@ from calm.errors import InputError
 from calm.training import stages
 from calm.training.recipe_files import with_settings, write_recipe
 
-# Sums in another order: rounding, which training amplifies step by step.
-LOSSES = {"rtol": 1e-5, "atol": 0.0}
-WEIGHTS = {"rtol": 0.0, "atol": 1e-4}
+# Sums in another order differ by rounding, which training amplifies step by step.
+LOSS_TOLERANCE = {"rtol": 1e-5, "atol": 0.0}
+WEIGHT_TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
 
 
-def losses(run):
+def losses_of(run):
     history = json.loads((run / "history.json").read_text())
     return {
         stage: [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
@@ -31,21 +31,21 @@ def losses(run):
 
 
 def assert_same_run(first, second):
-    for stage, figures in losses(first).items():
-        others = losses(second)[stage]
+    for stage, figures in losses_of(first).items():
+        others = losses_of(second)[stage]
         assert len(figures) >= 8
         assert [step for step, _ in figures] == [step for step, _ in others]
-        assert_close([loss for _, loss in figures], [loss for _, loss in others], **LOSSES)
+        assert_close([loss for _, loss in figures], [loss for _, loss in others], **LOSS_TOLERANCE)
     for folder in ("autoencoder", "model"):
-        one, other = (load_file(run / folder / "model.safetensors") for run in (first, second))
-        assert one.keys() == other.keys()
-        for name in one:
-            assert_close(one[name], other[name], **WEIGHTS)
+        weights, other_weights = (load_file(run / folder / "model.safetensors") for run in (first, second))
+        assert weights.keys() == other_weights.keys()
+        for name in weights:
+            assert_close(weights[name], other_weights[name], **WEIGHT_TOLERANCE)
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A recipe whose runs are compared, and its run on one process."""
+def one_process(tmp_path_factory):
+    """A folder with a recipe and its run on one process, and the recipe."""
     folder = tmp_path_factory.mktemp("runs")
     text = folder / "stories.jsonl"
     text.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories(0, 12)))
@@ -62,8 +62,8 @@ def alone(tmp_path_factory):
     return folder, recipe
 
 
-def test_summed_gradients(alone):
-    folder, recipe = alone
+def test_gradient_accumulation_gives_the_same_run(one_process):
+    folder, recipe = one_process
     halves = with_settings(
         recipe,
         {f"{stage}.training.microbatch_tokens": 64 for stage in ("autoencoder", "language_model")},
@@ -72,20 +72,20 @@ def test_summed_gradients(alone):
     assert_same_run(folder / "alone", folder / "halves")
 
 
-def test_two_processes(alone):
-    folder, _ = alone
+def test_two_processes_give_the_same_run(one_process):
+    folder, _ = one_process
     recipe = folder / "recipe.yaml"
     result = torchrun(2, "--recipe", recipe, "--output", folder / "two", "--report_to", "tensorboard")
     assert result.returncode == 0, result.stderr[-3000:]
     assert_same_run(folder / "alone", folder / "two")
     assert result.stdout.count("model:") == 1
     assert not list((folder / "two").rglob(".partial"))
-    assert len(list((folder / "two").rglob("events.out.*"))) == 2  # Of both stages, from one process.
+    assert len(list((folder / "two").rglob("events.out.*"))) == 2  # One per stage, from one process.
 
 
-def test_a_given_autoencoder_and_a_slow_process(alone):
-    """No process may pass a barrier that another does not come to."""
-    folder, recipe = alone
+def test_slow_process_is_waited_for_with_a_given_autoencoder(one_process):
+    """No process may wait at a barrier that another never reaches."""
+    folder, recipe = one_process
     given = with_settings(recipe, {"autoencoder.path": str(folder / "alone/autoencoder")})
     write_recipe(given, folder / "given.yaml")
     slow = "import os, time, calm.training.opening as s; load = s.load_prepared; "
@@ -99,9 +99,9 @@ def test_a_given_autoencoder_and_a_slow_process(alone):
     assert (folder / "given/model/model.safetensors").is_file()
 
 
-def test_a_sharded_model(alone):
-    """Weights, gradients and optimizer state parted: the same run, which others may go on with."""
-    folder, recipe = alone
+def test_sharded_training_gives_the_same_run(one_process):
+    """With weights, gradients and optimizer state sharded; other numbers of processes can resume it."""
+    folder, recipe = one_process
     muon = with_settings(recipe, {"language_model.training.optimizer.name": "muon"})
     stages.train(muon, folder / "muon")
     sharded = with_settings(
@@ -115,11 +115,11 @@ def test_a_sharded_model(alone):
 
     def assert_same():
         assert_close(
-            *(losses(folder / name)["language_model"] for name in ("muon", "sharded")), rtol=1e-5, atol=0.0
+            *(losses_of(folder / name)["language_model"] for name in ("muon", "sharded")), rtol=1e-5, atol=0.0
         )
         weights = load_file(run / "model/model.safetensors")
         for name, weight in load_file(folder / "muon/model/model.safetensors").items():
-            assert_close(weights[name], weight, **WEIGHTS)
+            assert_close(weights[name], weight, **WEIGHT_TOLERANCE)
 
     assert_same()
     last = run / "checkpoints/language_model/checkpoint-8"
@@ -135,51 +135,51 @@ def test_a_sharded_model(alone):
     assert_same()
 
 
-def test_a_sharded_model_in_mixed_precision(alone):
-    """It computes in bfloat16 where a model that is not sharded does, and nowhere else."""
-    folder, recipe = alone
+def test_sharded_mixed_precision_has_the_same_losses(one_process):
+    """It computes in bfloat16 exactly where an unsharded model does."""
+    folder, recipe = one_process
     given = {"autoencoder.path": str(folder / "alone/autoencoder")}
     mixed = with_settings(recipe, {**given, "language_model.training.precision": "bf16"})
     stages.train(mixed, folder / "mixed")
     write_recipe(with_settings(mixed, {"language_model.sharded": True}), folder / "mixed.yaml")
     result = launch(2, "--recipe", folder / "mixed.yaml", "--output", folder / "mixed-sharded")
     assert result.returncode == 0, result.stderr[-3000:]
-    of_one, of_two, in_float32 = (
-        torch.tensor([loss for _, loss in losses(folder / name)["language_model"]])
+    unsharded, sharded, in_float32 = (
+        torch.tensor([loss for _, loss in losses_of(folder / name)["language_model"]])
         for name in ("mixed", "mixed-sharded", "alone")
     )
-    assert_close(of_two, of_one, rtol=1e-5, atol=0.0)
-    assert (of_one / in_float32 - 1).abs().max() > 1e-5
+    assert_close(sharded, unsharded, rtol=1e-5, atol=0.0)
+    assert (unsharded / in_float32 - 1).abs().max() > 1e-5
 
 
-def test_what_does_not_go_with_sharding(alone, monkeypatch):
-    folder, recipe = alone
-    both = {"language_model.sharded": True, "language_model.training.compile": True}
+def test_sharding_refuses_compilation_and_fsdp_of_the_launcher(one_process, monkeypatch):
+    folder, recipe = one_process
+    settings = {"language_model.sharded": True, "language_model.training.compile": True}
     with pytest.raises(InputError, match="cannot be compiled yet"):
-        stages.train(with_settings(recipe, both), folder / "compiled")
+        stages.train(with_settings(recipe, settings), folder / "compiled")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match=r"set language_model\.sharded to true"):
         stages.train(recipe, folder / "by-launcher")
     assert not (folder / "by-launcher").exists()
 
 
-def program(folder, what):
-    """A program that is `calm` with something done at the first loss of step 5 of the second process."""
-    path = folder / "program.py"
-    path.write_text(
+def program_with_fault(folder, statement):
+    """A program that is `calm`, with a statement that runs at step 5 in the second process."""
+    program = folder / "program.py"
+    program.write_text(
         "import os, signal, calm.training.faults as f\nfrom calm.cli import main\nsee = f.LossWatch.record\n"
         "def watched(self, loss, step):\n    if step == 5 and os.environ['RANK'] == '1':\n"
-        f"        {what}\n    see(self, loss, step)\n"
+        f"        {statement}\n    see(self, loss, step)\n"
         "f.LossWatch.record = watched\nmain()\n"
     )
-    return path
+    return program
 
 
-def test_one_process_is_asked_to_leave(alone, tmp_path):
-    """All leave with it, and the run goes on to the same end."""
-    folder, _ = alone
+def test_sigterm_to_one_process_stops_all_of_them(one_process, tmp_path):
+    """And the run resumes to the same end."""
+    folder, _ = one_process
     arguments = ("--recipe", folder / "recipe.yaml", "--output", tmp_path / "run")
-    leaving = program(tmp_path, "os.kill(os.getpid(), signal.SIGTERM)")
+    leaving = program_with_fault(tmp_path, "os.kill(os.getpid(), signal.SIGTERM)")
     result = torchrun(2, *arguments, program=leaving)
     assert result.returncode != 0
     assert result.stderr.count("calm: stopped by SIGTERM after step 5; --resume continues from") == 2
@@ -188,18 +188,18 @@ def test_one_process_is_asked_to_leave(alone, tmp_path):
     assert_same_run(folder / "alone", tmp_path / "run")
 
 
-def test_one_process_has_a_loss_that_is_not_finite(alone, tmp_path):
-    folder, _ = alone
+def test_loss_that_is_not_finite_in_one_process_stops_the_run(one_process, tmp_path):
+    folder, _ = one_process
     arguments = ("--recipe", folder / "recipe.yaml", "--output", tmp_path / "run")
-    result = launch(2, *arguments, program=program(tmp_path, "loss = loss * float('nan')"))
+    result = launch(2, *arguments, program=program_with_fault(tmp_path, "loss = loss * float('nan')"))
     assert result.returncode != 0
     assert result.stderr.count("the loss of step 5 is not finite; --resume continues from") >= 1
     assert "checkpoint-3" in result.stderr
 
 
-def test_an_epoch_has_whole_steps(alone):
-    """The blocks do not fill the last step of an epoch, and there are several epochs."""
-    folder, recipe = alone
+def test_incomplete_steps_at_the_end_of_an_epoch_are_left_out(one_process):
+    """With microbatches as well: over several epochs, the losses are the same."""
+    folder, recipe = one_process
     data = load_prepared(folder / "alone/data")
     number = len(data.blocks("train", chunk_size=4, block_size=32, seed=3))
     assert number % 17 and number < 12 * 17
@@ -208,19 +208,17 @@ def test_an_epoch_has_whole_steps(alone):
     stages.train(with_settings(recipe, odd), folder / "odd")
     small = {f"{stage}.training.microbatch_tokens": 32 for stage in ("autoencoder", "language_model")}
     stages.train(with_settings(recipe, odd | small), folder / "odd-parts")
-    for stage, figures in losses(folder / "odd").items():
-        others = losses(folder / "odd-parts")[stage]
+    for stage, figures in losses_of(folder / "odd").items():
+        others = losses_of(folder / "odd-parts")[stage]
         assert len(figures) == 24
         assert_close([loss for _, loss in figures], [loss for _, loss in others], rtol=1e-3, atol=0.0)
 
 
-def test_a_step_that_cannot_be_shared(alone):
-    folder, _ = alone
+def test_batch_that_the_processes_cannot_share_is_refused(one_process):
+    folder, _ = one_process
     result = launch(3, "--recipe", folder / "recipe.yaml", "--output", folder / "three")
     assert result.returncode != 0
     assert "multiple of 96 (blocks of 32 tokens x 3 processes), got 128" in result.stderr
-    assert (
-        'Traceback (most recent call last):\n  File "<frozen runpy>'
-        not in result.stderr.split("calm: error")[0]
-    )
+    before_error = result.stderr.split("calm: error")[0]
+    assert 'Traceback (most recent call last):\n  File "<frozen runpy>' not in before_error
     assert not (folder / "three").exists()

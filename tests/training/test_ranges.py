@@ -1,4 +1,4 @@
-"""Every number of every recipe has a range, and is refused outside it before anything is begun."""
+"""Every number of every recipe has a range; a value outside it is refused before training begins."""
 
 import dataclasses
 import math
@@ -20,25 +20,25 @@ from calm.training.recipe_files import read_recipe_of, with_settings, write_reci
 from calm.training.recipe_settings import shipped_recipes
 
 
-def numbers_of(kind, before=""):
-    """Dotted names of the numbers of a recipe, and whether each is whole."""
+def numbers_of(kind, prefix=""):
+    """Dotted names of the numbers of a recipe, and whether each is an integer."""
     for name, hint in get_type_hints(kind).items():
         if dataclasses.is_dataclass(hint):
-            yield from numbers_of(hint, f"{before}{name}.")
+            yield from numbers_of(hint, f"{prefix}{name}.")
         elif kinds := {int, float} & {hint, *get_args(hint)}:
-            yield f"{before}{name}", kinds == {int}
+            yield f"{prefix}{name}", kinds == {int}
 
 
 NUMBERS = [(kind, *number) for kind in (Recipe, FinetuningRecipe) for number in numbers_of(kind)]
 
 
-def test_there_is_a_range_for_every_number_and_for_nothing_else():
+def test_every_number_has_a_range_and_nothing_else_has_one():
     for kind, ranges in RANGES.items():
-        own = {name for name, _ in numbers_of(kind) if "." not in name}
-        assert own == ranges.keys(), kind
+        names = {name for name, _ in numbers_of(kind) if "." not in name}
+        assert names == ranges.keys(), kind
 
 
-def test_what_is_in_a_range():
+def test_membership_and_description_of_a_range():
     assert all(value in Range(0, 1) for value in (0, 0.5, 1))
     assert not any(value in Range(0, 1) for value in (-1e-9, 1.1, math.nan, math.inf, -math.inf))
     assert 0 not in Range(0, includes_low=False) and 1 not in Range(0, 1, includes_high=False)
@@ -47,14 +47,14 @@ def test_what_is_in_a_range():
     assert str(Range(0, 1, includes_low=False, includes_high=False)) == "above 0 and below 1"
 
 
-@pytest.mark.parametrize(("kind", "name", "is_whole"), NUMBERS)
-def test_a_number_out_of_range_is_refused_and_named(kind, name, is_whole):
+@pytest.mark.parametrize(("kind", "name", "is_integer"), NUMBERS)
+def test_a_number_out_of_range_is_refused_and_named(kind, name, is_integer):
     recipe = with_settings(toy_recipe("text"), {}) if kind is Recipe else FinetuningRecipe(model="model")
     *path, last = name.split(".")
     group = recipe
     for part in path:
         group = getattr(group, part)
-    for value in (-1, 10**30) if is_whole else (-1.0, math.nan, math.inf):
+    for value in (-1, 10**30) if is_integer else (-1.0, math.nan, math.inf):
         setattr(group, last, value)
         with pytest.raises(InputError, match=rf"^{name} must be (at least|above) .*, got {value}\.$"):
             check_ranges(recipe)
@@ -66,7 +66,7 @@ def test_shipped_recipes_are_in_range(kind):
         check_ranges(read_recipe_of(kind, name))
 
 
-def test_they_are_found_before_the_first_stage(tmp_path, capsys):
+def test_numbers_out_of_range_are_found_before_the_first_stage(tmp_path, capsys):
     write_stories(tmp_path / "text.jsonl", 0, 12)
     write_recipe(toy_recipe(tmp_path / "text.jsonl"), tmp_path / "toy.yaml")
     for option, value in (
@@ -86,7 +86,7 @@ def test_they_are_found_before_the_first_stage(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_fine_tuning_is_looked_at_as_well(tmp_path):
+def test_fine_tuning_checks_ranges_as_well(tmp_path):
     recipe = FinetuningRecipe(model="model")
     recipe.examples.sources = "text.jsonl"
     recipe.answers.temperature = 2
@@ -94,22 +94,22 @@ def test_fine_tuning_is_looked_at_as_well(tmp_path):
         finetune(recipe, tmp_path / "run")
 
 
-def test_a_compiler_that_is_not_there(monkeypatch, tmp_path):
+def test_missing_compiler_is_an_error(monkeypatch, tmp_path):
     recipe = with_settings(toy_recipe("text"), {"autoencoder.training.compile": True})
     monkeypatch.setenv("CXX", "no-such-compiler")
-    told = r"autoencoder\.training\.compile needs a C\+\+ compiler.*no-such-compiler"
-    with pytest.raises(InputError, match=told):
+    message = r"autoencoder\.training\.compile needs a C\+\+ compiler.*no-such-compiler"
+    with pytest.raises(InputError, match=message):
         stages.train(recipe, tmp_path / "run")
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "none"])
-def test_an_attention_that_is_not_here(attention):
+def test_unavailable_attention_is_an_error(attention):
     recipe = with_settings(toy_recipe("text"), {"language_model.attention": attention})
     with pytest.raises(InputError, match=r"(?i)flash|does not define a valid model"):
         check_recipe(recipe)
 
 
-def test_an_attention_that_does_not_train_here(monkeypatch):
+def test_attention_that_fails_to_train_is_an_error(monkeypatch):
     recipe = with_settings(toy_recipe("text"), {"language_model.attention": "flex_attention"})
 
     def fail(*_, **__):
@@ -120,7 +120,7 @@ def test_an_attention_that_does_not_train_here(monkeypatch):
         check_recipe(recipe)
 
 
-def test_a_model_larger_than_the_memory(monkeypatch):
+def test_model_larger_than_the_memory_is_an_error(monkeypatch):
     monkeypatch.setattr(probing, "_bytes_of_memory", lambda: 10_000)
     with pytest.raises(
         InputError, match=r"parameters, whose weights alone need 0 GB, but this machine has 0 GB"

@@ -1,4 +1,4 @@
-"""A recipe extends another: what differs is the file."""
+"""A recipe that extends another says only what differs."""
 
 import dataclasses
 import json
@@ -14,8 +14,8 @@ from calm.training.recipe import Recipe
 from calm.training.recipe_files import differences, read_recipe, read_recipe_of, with_settings, write_recipe
 from calm.training.recipe_settings import kind_of_recipe, override_settings, shipped_recipes
 
-# What someone would write who has text of their own, more time than `laptop_quick` takes.
-OF_A_USER = """
+# What users might write who have text of their own, and more time than `laptop_quick` takes.
+USER_RECIPE = """
 # Letters of my grandmother.
 extends: laptop_quick
 data:
@@ -34,13 +34,13 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def write(folder, **texts):
+def write_recipes(folder, **texts):
     for name, text in texts.items():
         (folder / f"{name}.yaml").write_text(text)
 
 
-def test_a_recipe_of_ones_own_says_only_what_differs(folder):
-    write(folder, mine=OF_A_USER)
+def test_user_recipe_says_only_what_differs(folder):
+    write_recipes(folder, mine=USER_RECIPE)
     mine, quick = read_recipe("mine.yaml"), read_recipe("laptop_quick")
     assert differences(mine, quick) == [
         "data.separator",
@@ -52,7 +52,7 @@ def test_a_recipe_of_ones_own_says_only_what_differs(folder):
     assert mine.language_model.head == {"head_type": "sequential", "num_blocks": 2, "rank": 48}
 
 
-def test_a_path_is_relative_to_the_file_that_names_it(folder):
+def test_extended_path_is_relative_to_the_file_that_names_it(folder):
     for name in ("bases/small", "mine"):
         (folder / name).mkdir(parents=True)
     (folder / "bases/small/base.yaml").write_text("extends: ../seed.yaml\nchunk_size: 2\n")
@@ -65,22 +65,22 @@ def test_a_path_is_relative_to_the_file_that_names_it(folder):
     assert read_recipe("absolute.yaml").seed == 5
 
 
-def test_a_shipped_name_is_the_shipped_recipe_whatever_lies_beside_the_file(folder):
+def test_shipped_name_takes_precedence_over_a_file_of_that_name(folder):
     (folder / "demo").write_text("extends: demo\nseed: 9\n")
     assert read_recipe("demo") == dataclasses.replace(read_recipe(str(shipped_recipes()["demo"])), seed=9)
 
 
-def test_what_is_written_down_is_resolved_and_extends_nothing(folder):
-    write(folder, mine=OF_A_USER)
+def test_written_recipe_is_resolved_and_extends_nothing(folder):
+    write_recipes(folder, mine=USER_RECIPE)
     write_recipe(read_recipe("mine.yaml"), folder / "recipe.yaml")
     written = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert written == dataclasses.asdict(read_recipe("mine.yaml"))
-    write(folder, again="extends: recipe.yaml\nseed: 2\n")
+    write_recipes(folder, again="extends: recipe.yaml\nseed: 2\n")
     assert differences(read_recipe("again.yaml"), read_recipe("mine.yaml")) == ["seed"]
 
 
-def test_options_of_the_command_line_win(folder, capsys):
-    write(folder, mine=OF_A_USER)
+def test_options_of_the_command_line_take_precedence(folder, capsys):
+    write_recipes(folder, mine=USER_RECIPE)
     with pytest.raises(SystemExit):
         main(["train", "--recipe", "mine.yaml", "--seed", "7", "--language_model.num_layers=3",
               "--language_model.head.rank", "5", "--print_config"])  # fmt: skip
@@ -91,8 +91,8 @@ def test_options_of_the_command_line_win(folder, capsys):
     assert printed["data"]["vocab_size"] == 4096  # That of `laptop`, which `laptop_quick` extends.
 
 
-def test_recipes_for_finetuning_extend_too(folder):
-    write(folder, mine="extends: lora\nlora: {rank: 8}\n")
+def test_fine_tuning_recipes_can_extend_others(folder):
+    write_recipes(folder, mine="extends: lora\nlora: {rank: 8}\n")
     mine = read_recipe_of(FinetuningRecipe, "mine.yaml")
     assert differences(mine, read_recipe_of(FinetuningRecipe, "lora")) == ["lora.rank"]
 
@@ -101,13 +101,13 @@ CALM = {"autoencoder": {"latent_size": 9}, "language_model": {"head": {"head_typ
 
 
 @pytest.mark.parametrize(
-    ("base", "own", "result"),
+    ("base", "changes", "expected"),
     [
         ({"seed": 1, "chunk_size": 2}, {"seed": 3}, {"seed": 3, "chunk_size": 2}),
-        # A list is one setting.
+        # A list is a single setting.
         ({"data": {"sources": ["a", "b"]}}, {"data": {"sources": ["c"]}}, {"data": {"sources": ["c"]}}),
         ({"data": {"tokenizer": "t"}}, {"data": {"tokenizer": None}}, {"data": {"tokenizer": None}}),
-        # The fields of one head mean nothing to another.
+        # The fields of one head are not those of another.
         (
             CALM,
             {"language_model": {"head": {"num_blocks": 1}}},
@@ -118,7 +118,7 @@ CALM = {"autoencoder": {"latent_size": 9}, "language_model": {"head": {"head_typ
             {"language_model": {"head": {"head_type": "energy"}}},
             CALM | {"language_model": {"head": {"head_type": "energy"}}},
         ),
-        # So it is with kinds that the recipe which is extended leaves at their defaults.
+        # The same holds for kinds that the base leaves at their defaults.
         (
             {"language_model": {"head": {"alpha": 0.5}, "num_layers": 2}},
             {"language_model": {"head": {"head_type": "energy", "num_blocks": 2}}},
@@ -148,9 +148,9 @@ CALM = {"autoencoder": {"latent_size": 9}, "language_model": {"head": {"head_typ
         ),
     ],
 )
-def test_settings_are_replaced_one_by_one_but_kinds_are_not_mixed(base, own, result):
+def test_settings_are_merged_but_not_across_kinds(base, changes, expected):
     before = json.dumps(base)
-    assert override_settings(base, own, Recipe) == result
+    assert override_settings(base, changes, Recipe) == expected
     assert json.dumps(base) == before
 
 
@@ -186,7 +186,7 @@ OVERRIDES = {
 
 
 @pytest.mark.parametrize(("settings", "expected"), OVERRIDES.values(), ids=OVERRIDES)
-def test_a_recipe_is_overridden_in_three_ways_with_one_rule(settings, expected, tmp_path, capsys):
+def test_files_python_and_options_override_by_the_same_rule(settings, expected, tmp_path, capsys):
     (tmp_path / "base.yaml").write_text(OVERRIDDEN)
     (tmp_path / "own.yaml").write_text(json.dumps({"extends": "base.yaml", **settings}))
     by_file = read_recipe(str(tmp_path / "own.yaml"))
@@ -200,19 +200,22 @@ def test_a_recipe_is_overridden_in_three_ways_with_one_rule(settings, expected, 
     assert {name: printed[name] for name in dataclasses.asdict(by_file)} == dataclasses.asdict(by_file)
 
 
-def test_arguments_of_one_optimizer_are_not_those_of_another():
+def test_extra_arguments_are_dropped_with_their_optimizer():
     optimizer = {"name": "lion", "learning_rate": 0.1, "extra": {"use_gc": True}}
     base = {"training": {"optimizer": optimizer}}
 
-    def result(**own):
-        return override_settings(base, {"training": {"optimizer": own}}, FinetuningRecipe)["training"][
-            "optimizer"
-        ]
+    def overridden(**changes):
+        settings = override_settings(base, {"training": {"optimizer": changes}}, FinetuningRecipe)
+        return settings["training"]["optimizer"]
 
-    assert result(extra={"cautious": True})["extra"] == {"use_gc": True, "cautious": True}
-    assert result(name="lion") == optimizer
-    assert result(name="adan") == {"name": "adan", "learning_rate": 0.1}
-    assert result(name="adan", extra={"a": 1}) == {"name": "adan", "learning_rate": 0.1, "extra": {"a": 1}}
+    assert overridden(extra={"cautious": True})["extra"] == {"use_gc": True, "cautious": True}
+    assert overridden(name="lion") == optimizer
+    assert overridden(name="adan") == {"name": "adan", "learning_rate": 0.1}
+    assert overridden(name="adan", extra={"a": 1}) == {
+        "name": "adan",
+        "learning_rate": 0.1,
+        "extra": {"a": 1},
+    }
 
 
 @pytest.mark.parametrize(
@@ -243,7 +246,7 @@ def test_arguments_of_one_optimizer_are_not_those_of_another():
     ids=range(20),
 )  # fmt: skip
 def test_a_mistake_is_one_sentence_that_names_the_file(text, message, folder):
-    write(
+    write_recipes(
         folder, r=text, circle="extends: r.yaml", typo="data: {contxt: 1}", above="extends: typo.yaml",
         type="seed: one", broken="seed: 'a", empty="", tuned="lora: {rank: 2}",
     )  # fmt: skip
@@ -254,8 +257,8 @@ def test_a_mistake_is_one_sentence_that_names_the_file(text, message, folder):
     assert "\n" not in str(caught.value) and "Parser key" not in str(caught.value)
 
 
-def test_dotted_names_are_settings_of_their_groups(folder):
-    write(
+def test_dotted_names_set_fields_of_groups(folder):
+    write_recipes(
         folder,
         base="data: {context: 64}\nlanguage_model: {training.steps: 7}\n",
         mine="extends: base.yaml\ndata.vocab_size: 300\nlanguage_model.head.rank: 2\n",
@@ -266,14 +269,16 @@ def test_dotted_names_are_settings_of_their_groups(folder):
 
 
 @pytest.mark.parametrize("kind", [Recipe, FinetuningRecipe])
-def test_the_kind_of_a_recipe_is_that_of_what_it_extends(folder, kind):
+def test_recipe_has_the_kind_of_its_base(folder, kind):
     for name in shipped_recipes(kind):
-        write(folder, one=f"extends: {name}", two="extends: one.yaml\nseed: 3")
+        write_recipes(folder, one=f"extends: {name}", two="extends: one.yaml\nseed: 3")
         assert kind_of_recipe(name) is kind_of_recipe("two.yaml") is kind
 
 
-def test_the_kind_of_a_recipe_without_a_base_is_told_by_its_settings(folder):
-    write(folder, own="lora: {rank: 2}", bare="seed: 3", ring="extends: ring.yaml", lost="extends: nowhere")
+def test_kind_of_a_recipe_without_a_base_follows_from_its_settings(folder):
+    write_recipes(
+        folder, own="lora: {rank: 2}", bare="seed: 3", ring="extends: ring.yaml", lost="extends: nowhere"
+    )
     assert kind_of_recipe("own.yaml") is FinetuningRecipe
     for name in ("bare.yaml", "ring.yaml", "lost.yaml"):
         assert kind_of_recipe(name) is Recipe

@@ -1,4 +1,4 @@
-"""Every shipped recipe is complete, makes a model, and runs for two steps at a shrunken size."""
+"""Every shipped recipe is complete, makes a model, and trains for two steps at a reduced size."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 from calm.data.prepared import load_prepared
-from calm.data.stories import stories
+from calm.data.stories import stories, write_stories
 from calm.data.tokenizer import train_tokenizer
 from calm.errors import InputError
 from calm.models.calm import CalmForCausalLM
@@ -61,12 +61,12 @@ SHIPPED = [
 ]
 
 
-def test_the_list_is_what_is_shipped():
+def test_list_names_every_shipped_recipe():
     assert list(shipped_recipes()) == SHIPPED
 
 
-def test_every_shipped_recipe_says_what_is_recorded_of_it():
-    """One that is changed may change others, which extend it: what each says in full is in a file."""
+def test_shipped_recipes_have_the_recorded_settings():
+    """A changed recipe changes those that extend it, so the settings of each are recorded in full."""
     recorded = (Path(__file__).parent / "resolved_recipes.jsonl").read_text().splitlines()
     shipped = [(kind, name) for kind in (Recipe, FinetuningRecipe) for name in shipped_recipes(kind)]
     for line, (kind, name) in zip(recorded, shipped, strict=True):
@@ -76,36 +76,38 @@ def test_every_shipped_recipe_says_what_is_recorded_of_it():
 
 def shrink(recipe: Recipe, text: str) -> Recipe:
     """The same recipe with small sizes and two steps."""
-    few = {
+    training_changes = {
         "steps": 2,
         "batch_tokens": 64,
         "microbatch_tokens": 32,
         "evaluate_every": 2,
         "evaluation_blocks": 2,
-        "compile": False,  # It takes half a minute for each; test_compiled_training does it once.
+        "compile": False,  # It takes half a minute; another test does it once.
         "num_workers": 0,
     }
-    changed = dataclasses.replace
+    replace = dataclasses.replace
 
     def training(stage):
-        return changed(stage.training, **few, optimizer=changed(stage.training.optimizer, warmup_steps=1))
+        return replace(
+            stage.training, **training_changes, optimizer=replace(stage.training.optimizer, warmup_steps=1)
+        )
 
     head = dict(recipe.language_model.head) | {"num_blocks": 1}
     small = {"energy": {"noise_size": 4}, "diffusion": {"num_steps": 4}}
     head |= small.get(head["head_type"], {})
-    return changed(
+    return replace(
         recipe,
-        data=changed(
+        data=replace(
             recipe.data, sources=text, vocab_size=300, context=32, validation_fraction=0.2, num_proc=1
         ),
-        autoencoder=changed(
+        autoencoder=replace(
             recipe.autoencoder,
             latent_size=32 if recipe.autoencoder.kind == "codes" else 8,
             hidden_size=16,
             intermediate_size=16,
             training=training(recipe.autoencoder),
         ),
-        language_model=changed(
+        language_model=replace(
             recipe.language_model,
             hidden_size=16,
             intermediate_size=16,
@@ -118,7 +120,7 @@ def shrink(recipe: Recipe, text: str) -> Recipe:
 
 
 def with_small_source(recipe: Recipe, folder: Path) -> Recipe:
-    """The same recipe with a Transformer of three layers in the place of the one that it begins with."""
+    """The same recipe; if it starts from a Transformer, then from one of three layers."""
     if recipe.language_model.init_from is None:
         return recipe
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -130,9 +132,9 @@ def with_small_source(recipe: Recipe, folder: Path) -> Recipe:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_runs_for_two_steps(name, tmp_path):
+def test_shipped_recipe_trains_for_two_steps(name, tmp_path):
     text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories(0, 12)))
+    write_stories(text, 0, 12)
     recipe = with_small_source(read_recipe(name), tmp_path / "source")
     model = train(shrink(recipe, str(text)), tmp_path / "run")
     loaded = AutoModelForCausalLM.from_pretrained(model)
@@ -144,9 +146,8 @@ def test_runs_for_two_steps(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["demo_sequential", "demo_categorical"])
 @pytest.mark.parametrize("bias_from_text", [True, False])
-def test_scores_of_a_new_head_start_from_the_tokens_of_its_text(name, bias_from_text, tmp_path):
-    texts = list(stories(0, 12))
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+def test_new_head_starts_with_the_token_frequencies_of_its_text(name, bias_from_text, tmp_path):
+    write_stories(tmp_path / "text.jsonl", 0, 12)
     recipe = shrink(read_recipe(name), str(tmp_path / "text.jsonl"))
     recipe.language_model.head["bias_from_text"] = bias_from_text
     run = tmp_path / "run"
@@ -159,14 +160,14 @@ def test_scores_of_a_new_head_start_from_the_tokens_of_its_text(name, bias_from_
         for tokens in data.train["input_ids"]:
             for token in [*tokens, data.tokenizer.eos_token_id]:
                 counts[token] += 1
-        assert (counts == 0).any()  # Such a token gets half a count.
+        assert (counts == 0).any()  # Tokens that do not occur get half a count.
         assert_close(bias.exp(), (counts + 0.5) / (counts.sum() + len(counts) / 2), rtol=1e-5, atol=1e-8)
     else:
         assert not bias.any()
 
 
-def test_a_head_of_a_larger_vocabulary_starts_from_the_text_too():
-    """Codes that were made for another tokenizer may know more tokens than the text has."""
+def test_token_counts_may_be_fewer_than_the_vocabulary_of_a_head():
+    """Codes trained with another tokenizer may have more tokens than the text; each gets half a count."""
     head = tiny_model(4, vocab_size=40, head_config={"head_type": "sequential"}).head
     head.init_from_counts(lambda: torch.tensor([3, 1]))
     assert_close(head.scores.bias.exp(), torch.tensor([3.5, 1.5, *[0.5] * 38]) / 24)
@@ -228,10 +229,10 @@ def test_recipes_of_the_paper_have_its_settings(name):
     torch.__version__ < "2.12" and not torch.cuda.is_available(),
     reason="the compiler of torch 2.11 writes C++ that does not compile",
 )
-def test_compiled_training(tmp_path):
-    """A compiled language model has the losses of one that is not."""
+def test_compiled_training_has_the_same_losses(tmp_path):
+    """As training that is not compiled."""
     text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories(0, 12)))
+    write_stories(text, 0, 12)
     losses = []
     for compiled in (False, True):
         settings = {"language_model.training.compile": compiled, "language_model.training.log_every": 1}
@@ -243,7 +244,7 @@ def test_compiled_training(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_round_trip(tmp_path):
+def test_recipe_survives_writing_and_reading(tmp_path):
     recipe = read_recipe("demo")
     write_recipe(recipe, tmp_path / "copy.yaml")
     assert read_recipe(str(tmp_path / "copy.yaml")) == recipe
@@ -251,11 +252,11 @@ def test_round_trip(tmp_path):
     assert differences(recipe, other) == ["data.context", "seed"]
 
 
-def test_a_step_has_as_many_tokens_on_any_number_of_processes():
+def test_tokens_per_step_do_not_depend_on_the_number_of_processes():
     settings = TrainingSettings(batch_tokens=24 * 64, microbatch_tokens=5 * 64 + 3)
     for processes in (1, 2, 3, 4, 6, 8, 12, 24):
-        at_once, times = settings.batches(64, processes)
-        assert at_once * times * processes == 24 and at_once <= 5
+        per_microbatch, microbatches = settings.batches(64, processes)
+        assert per_microbatch * microbatches * processes == 24 and per_microbatch <= 5
     assert settings.batches(64) == (4, 6)
     assert TrainingSettings(batch_tokens=512).batches(64, 2) == (4, 1)
     for processes in (5, 48):
@@ -268,7 +269,7 @@ def test_a_step_has_as_many_tokens_on_any_number_of_processes():
 
 
 @pytest.mark.parametrize(
-    ("settings", "name"),
+    ("settings", "message"),
     [
         ({"seed": 1.5}, "seed must be a whole number, got '1.5'"),
         ({"seed": "x"}, "seed must be a whole number, got 'x'"),
@@ -276,57 +277,68 @@ def test_a_step_has_as_many_tokens_on_any_number_of_processes():
         ({"training": TrainingSettings(compile="yes please")}, "training.compile must be "),
     ],
 )
-def test_a_recipe_that_was_made_in_python_has_its_types_checked(settings, name, tmp_path):
-    whole = dict(settings)
-    if training := whole.pop("training", None):
-        whole["autoencoder"] = AutoencoderSettings(training=training)
-    with pytest.raises(InputError, match=f"^recipe: (autoencoder.)?{re.escape(name)}"):
-        train(Recipe(**whole), tmp_path / "run")
-    with pytest.raises(InputError, match=f"^recipe: {re.escape(name)}"):
+def test_types_are_checked_in_recipes_made_in_python(settings, message, tmp_path):
+    train_settings = dict(settings)
+    if training := train_settings.pop("training", None):
+        train_settings["autoencoder"] = AutoencoderSettings(training=training)
+    with pytest.raises(InputError, match=f"^recipe: (autoencoder.)?{re.escape(message)}"):
+        train(Recipe(**train_settings), tmp_path / "run")
+    with pytest.raises(InputError, match=f"^recipe: {re.escape(message)}"):
         finetune(FinetuningRecipe(**settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_mistakes_are_found_before_any_work():
+def check_changed(recipe: Recipe, **changes) -> None:
+    check_recipe(dataclasses.replace(recipe, **changes))
+
+
+@pytest.fixture
+def demo() -> Recipe:
+    """A recipe without mistakes."""
+    recipe = read_recipe("demo")
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sources="x"))
+
+
+def test_recipe_without_text_and_unknown_recipe_are_errors(demo):
+    check_recipe(demo)
     with pytest.raises(InputError, match="names no text"):
         check_recipe(read_recipe("demo"))
-    recipe = dataclasses.replace(
-        read_recipe("demo"), data=dataclasses.replace(read_recipe("demo").data, sources="x")
-    )
-    check_recipe(recipe)
-    bad_steps = dataclasses.replace(recipe.autoencoder.training, steps=0)
+    with pytest.raises(InputError, match="there is no recipe 'none'"):
+        read_recipe("none")
+
+
+def test_training_settings_are_checked_for_stages_that_are_trained(demo):
+    def with_training(**changes):
+        training = dataclasses.replace(demo.autoencoder.training, **changes)
+        return dataclasses.replace(demo.autoencoder, training=training)
+
     with pytest.raises(InputError, match=r"autoencoder.training.steps must be at least 1 and .*, got 0"):
-        check_recipe(
-            dataclasses.replace(
-                recipe, autoencoder=dataclasses.replace(recipe.autoencoder, training=bad_steps)
-            )
-        )
-    uneven = dataclasses.replace(recipe.autoencoder.training, batch_tokens=2000)
-    recipe_of_uneven = dataclasses.replace(
-        recipe, autoencoder=dataclasses.replace(recipe.autoencoder, training=uneven)
-    )
+        check_changed(demo, autoencoder=with_training(steps=0))
+    uneven = with_training(batch_tokens=2000)
     with pytest.raises(
         InputError, match=r"autoencoder.training.batch_tokens must be a multiple of 512 .*2000"
     ):
-        check_recipe(recipe_of_uneven)
-    # A stage that is not trained need not fit.
-    check_recipe(dataclasses.replace(recipe_of_uneven, model="autoregressive", chunk_size=1))
+        check_changed(demo, autoencoder=uneven)
+    # A baseline has no autoencoder to train.
+    check_changed(demo, autoencoder=uneven, model="autoregressive", chunk_size=1)
+
+
+def test_chunk_size_and_context_must_suit_the_model(demo):
     with pytest.raises(InputError, match="set chunk_size to 1, not 4"):
-        check_recipe(dataclasses.replace(recipe, model="autoregressive"))
-    with pytest.raises(InputError, match="multiple of the chunk size 4"):
-        odd = dataclasses.replace(recipe.data, context=511)
-        check_recipe(dataclasses.replace(recipe, model="autoregressive", chunk_size=1, data=odd))
-    with pytest.raises(InputError, match="multiple of the chunk size 4"):
-        check_recipe(
-            dataclasses.replace(recipe, chunk_size=2, data=dataclasses.replace(recipe.data, context=510))
-        )
-    flash = dataclasses.replace(recipe.language_model, attention="flash_attention_2")
+        check_changed(demo, model="autoregressive")
+    # Windows of four tokens are scored, whatever the chunk size.
+    for changes, context in (({"model": "autoregressive", "chunk_size": 1}, 511), ({"chunk_size": 2}, 510)):
+        data = dataclasses.replace(demo.data, context=context)
+        with pytest.raises(InputError, match="multiple of the chunk size 4"):
+            check_changed(demo, data=data, **changes)
+
+
+def test_flash_attention_must_be_available_and_suit_the_chunk_size(demo):
+    flash = dataclasses.replace(demo.language_model, attention="flash_attention_2")
     if not is_flash_attn_2_available():
         with pytest.raises(
             InputError, match="does not define a valid model: FlashAttention2 has been toggled on"
         ):
-            check_recipe(dataclasses.replace(recipe, language_model=flash))
+            check_changed(demo, language_model=flash)
     with pytest.raises(InputError, match="attention to sdpa"):
-        check_recipe(dataclasses.replace(recipe, chunk_size=2, language_model=flash))
-    with pytest.raises(InputError, match="there is no recipe 'none'"):
-        read_recipe("none")
+        check_changed(demo, chunk_size=2, language_model=flash)

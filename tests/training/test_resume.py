@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed ends in exactly the weights of a run that never was."""
+"""A run that was interrupted and resumed ends with exactly the weights of an uninterrupted one."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from toy import interrupt, toy_recipe
 
 from calm.cli import main
-from calm.data.stories import stories
+from calm.data.stories import write_stories
 from calm.errors import InputError
 from calm.training import stages
 from calm.training.finetuning_recipe import FinetuningRecipe
@@ -25,8 +25,21 @@ from calm.training.trainer import ChunkTrainer
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "stories.jsonl"
-    path.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories(0, 12)))
+    write_stories(path, 0, 12)
     return path
+
+
+def train_until_killed(recipe: Recipe, run: Path, monkeypatch, stage: str, step: int, **settings) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, stage, step)
+        with pytest.raises(KeyboardInterrupt):
+            stages.train(recipe, run, **settings)
+
+
+def assert_equal_weights(first: Path, second: Path) -> None:
+    weights, others = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert weights.keys() == others.keys()
+    assert all((weights[name] == others[name]).all() for name in weights)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -35,16 +48,13 @@ def text(tmp_path_factory) -> Path:
 )
 def test_resumed_equals_uninterrupted(text, tmp_path, monkeypatch, optimizer, stage, step):
     recipe = toy_recipe(text, optimizer)
-    whole = stages.train(recipe, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        interrupt(patch, stage, step)
-        with pytest.raises(KeyboardInterrupt):
-            stages.train(recipe, tmp_path / "stopped")
+    uninterrupted = stages.train(recipe, tmp_path / "uninterrupted")
+    train_until_killed(recipe, tmp_path / "stopped", monkeypatch, stage, step)
     resumed = stages.train(recipe, tmp_path / "stopped", resume=True)
-    first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
-    assert first.keys() == second.keys()
-    assert all((first[name] == second[name]).all() for name in first)
-    histories = [json.loads((run / "history.json").read_text()) for run in (whole.parent, resumed.parent)]
+    assert_equal_weights(resumed, uninterrupted)
+    histories = [
+        json.loads((run / "history.json").read_text()) for run in (uninterrupted.parent, resumed.parent)
+    ]
     scores = [
         [
             (entry["step"], entry["eval_brier_1"])
@@ -57,7 +67,7 @@ def test_resumed_equals_uninterrupted(text, tmp_path, monkeypatch, optimizer, st
     assert [step for step, _ in scores[0]] == [3, 6, 8]
 
 
-FREE = {
+WITHOUT_EFFECT = {
     "data.num_proc": 2,
     **{
         f"{stage}.training.{name}": value
@@ -67,7 +77,7 @@ FREE = {
 }
 
 
-def test_every_setting_that_does_not_change_the_weights_is_tried():
+def test_every_setting_without_effect_on_the_weights_is_tried():
     def names_in(group, recipe, name=""):
         for field in dataclasses.fields(group):
             value, inner = getattr(group, field.name), f"{name}{field.name}"
@@ -76,60 +86,60 @@ def test_every_setting_that_does_not_change_the_weights_is_tried():
             elif effect_of(field, recipe) == "none":
                 yield inner
 
-    assert {*names_in(Recipe(), Recipe())} == {*FREE, "report_to"}  # Trackers have tests of their own.
-    of_training = {name.removeprefix("language_model.") for name in FREE if name.startswith("language")}
+    # Trackers (report_to) have tests of their own.
+    assert {*names_in(Recipe(), Recipe())} == {*WITHOUT_EFFECT, "report_to"}
+    language_model = [name for name in WITHOUT_EFFECT if name.startswith("language")]
+    of_training = {name.removeprefix("language_model.") for name in language_model}
     assert {*names_in(FinetuningRecipe(), FinetuningRecipe())} == {*of_training, "report_to"}
 
 
 @pytest.fixture(scope="module")
-def whole(text, tmp_path_factory) -> Path:
-    return stages.train(toy_recipe(text), tmp_path_factory.mktemp("whole") / "run")
+def uninterrupted(text, tmp_path_factory) -> Path:
+    return stages.train(toy_recipe(text), tmp_path_factory.mktemp("uninterrupted") / "run")
 
 
-@pytest.mark.parametrize("changes", [*({name: value} for name, value in FREE.items()), FREE], ids=str)
-def test_settings_that_do_not_change_the_weights(text, whole, tmp_path, monkeypatch, changes):
-    """The run stops in that stage, goes on with other values, stops again, and goes on as it was."""
+@pytest.mark.parametrize(
+    "changes", [*({name: value} for name, value in WITHOUT_EFFECT.items()), WITHOUT_EFFECT], ids=str
+)
+def test_settings_without_effect_on_the_weights_may_change(
+    text, uninterrupted, tmp_path, monkeypatch, changes
+):
+    """The run stops in that stage, resumes with other values, stops again, and resumes with the first."""
     stage = next(iter(changes)).split(".")[0]
     recipe, run = toy_recipe(text), tmp_path / "run"
     for given, step in ((recipe, 4), (with_settings(recipe, changes), 7)):
-        with monkeypatch.context() as patch:
-            interrupt(patch, "language_model" if stage == "data" else stage, step)
-            with pytest.raises(KeyboardInterrupt):
-                stages.train(given, run, resume=given != recipe)
+        killed_in = "language_model" if stage == "data" else stage
+        train_until_killed(given, run, monkeypatch, killed_in, step, resume=given != recipe)
     assert read_recipe(str(run / "recipe.yaml")) == with_settings(recipe, changes)
     resumed = stages.train(recipe, run, resume=True)
-    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+    assert (uninterrupted / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
 
 
-def test_text_that_is_prepared_again_by_more_processes(text, whole, tmp_path, monkeypatch):
+def test_text_prepared_again_by_more_processes_is_the_same(text, uninterrupted, tmp_path, monkeypatch):
     recipe, run = toy_recipe(text), tmp_path / "run"
-    with monkeypatch.context() as patch:
-        interrupt(patch, "autoencoder", 4)
-        with pytest.raises(KeyboardInterrupt):
-            stages.train(recipe, run)
+    train_until_killed(recipe, run, monkeypatch, "autoencoder", 4)
     shutil.rmtree(run / "data")
     resumed = stages.train(with_settings(recipe, {"data.num_proc": 2}), run, resume=True)
-    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+    assert (uninterrupted / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("stage", ["autoencoder", "language_model"])
-def test_a_smaller_microbatch_changes_the_rounding(text, whole, tmp_path, monkeypatch, caplog, stage):
+def test_smaller_microbatch_warns_and_changes_only_the_rounding(
+    text, uninterrupted, tmp_path, monkeypatch, caplog, stage
+):
     recipe, run = toy_recipe(text), tmp_path / "run"
-    with monkeypatch.context() as patch:
-        interrupt(patch, stage, 5)
-        with pytest.raises(KeyboardInterrupt):
-            stages.train(recipe, run)
+    train_until_killed(recipe, run, monkeypatch, stage, 5)
     setting = f"{stage}.training.microbatch_tokens"
     with caplog.at_level("WARNING", logger="calm"):
         resumed = stages.train(with_settings(recipe, {setting: 32}), run, resume=True)
     assert f"{setting} changed: the weights will differ by rounding" in caplog.text
-    first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    first, second = (load_file(folder / "model.safetensors") for folder in (uninterrupted, resumed))
     for name in first:
         torch.testing.assert_close(first[name], second[name], atol=1e-5, rtol=0)
 
 
-def test_readers_of_streamed_text_stay_the_same(text, tmp_path):
-    """How many they are and how much they read at once decides which blocks come together."""
+def test_settings_of_streaming_must_stay_the_same(text, tmp_path):
+    """The number of workers and the microbatch size decide which blocks are read together."""
     recipe = with_settings(toy_recipe(text), {"data.streaming": True})
     (tmp_path / "run").mkdir()
     write_recipe(recipe, tmp_path / "run/recipe.yaml")
@@ -139,9 +149,9 @@ def test_readers_of_streamed_text_stay_the_same(text, tmp_path):
             stages.train(with_settings(recipe, {name: value}), tmp_path / "run", resume=True)
 
 
-def test_a_stopped_run_prints_the_command_that_goes_on(text, tmp_path, monkeypatch, capsys):
+def test_stopped_run_prints_the_command_that_resumes_it(text, tmp_path, monkeypatch, capsys):
     recipe, output = toy_recipe(text), tmp_path / "two words"
-    whole = stages.train(recipe, tmp_path / "whole")
+    uninterrupted = stages.train(recipe, tmp_path / "uninterrupted")
     write_recipe(recipe, tmp_path / "recipe.yaml")
     with monkeypatch.context() as patch:
         interrupt(patch, "language_model", 5)
@@ -149,61 +159,58 @@ def test_a_stopped_run_prints_the_command_that_goes_on(text, tmp_path, monkeypat
             main(["train", "--recipe", str(tmp_path / "recipe.yaml"), "--output", str(output)])
     assert raised.value.code == 130
     (command,) = re.findall(r"to resume, run: calm (.+)", capsys.readouterr().err)
-    with pytest.raises(SystemExit):  # Options are compared with the recipe of the run.
+    with pytest.raises(SystemExit):  # Options are still compared with the recipe of the run.
         main([*shlex.split(command), "--seed", "77"])
     assert "the recipe differs in seed" in capsys.readouterr().err
     main(shlex.split(command))
-    assert (whole / "model.safetensors").read_bytes() == (output / "model/model.safetensors").read_bytes()
+    resumed = output / "model"
+    assert (uninterrupted / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
 
 
-def test_a_run_that_could_not_begin_has_nothing_to_go_on_with(text, tmp_path, capsys):
+def test_failed_start_leaves_nothing_to_resume(text, tmp_path, capsys):
     for arguments in (["--output", str(tmp_path / "none")], [f"--output={tmp_path / 'none'}"]):
         with pytest.raises(SystemExit) as raised:
             main(["train", "--resume", *arguments])
-        said = capsys.readouterr().err
-        assert raised.value.code == 2 and "go on with" not in said and "there is no run to resume" in said
+        stderr = capsys.readouterr().err
+        assert raised.value.code == 2 and "there is no run to resume" in stderr
+        assert "to resume, run:" not in stderr
 
 
 def test_a_resumed_baseline_equals_an_uninterrupted_one(text, tmp_path, monkeypatch):
     recipe = dataclasses.replace(toy_recipe(text), model="autoregressive", chunk_size=1)
-    whole = stages.train(recipe, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        interrupt(patch, "language_model", 5)
-        with pytest.raises(KeyboardInterrupt):
-            stages.train(recipe, tmp_path / "stopped")
+    uninterrupted = stages.train(recipe, tmp_path / "uninterrupted")
+    train_until_killed(recipe, tmp_path / "stopped", monkeypatch, "language_model", 5)
     resumed = stages.train(recipe, tmp_path / "stopped", resume=True)
-    first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
-    assert all((first[name] == second[name]).all() for name in first)
-    assert not (tmp_path / "whole/autoencoder").exists()
+    assert_equal_weights(resumed, uninterrupted)
+    assert not (tmp_path / "uninterrupted/autoencoder").exists()
 
 
-def test_a_checkpoint_that_was_not_finished_is_not_used(text, tmp_path, monkeypatch):
-    """A kill while a checkpoint is written leaves the one before as the last."""
+def test_incomplete_checkpoint_is_not_used(text, tmp_path, monkeypatch):
+    """After a kill while a checkpoint is written, the one before is the last."""
     recipe = toy_recipe(text)
-    whole = stages.train(recipe, tmp_path / "whole")
+    uninterrupted = stages.train(recipe, tmp_path / "uninterrupted")
     saves = []
 
-    def torn(self, output_dir):
+    def killed(self, output_dir):
         saves.append(output_dir)
-        if len(saves) == 3:  # Autoencoder 3 and 6 are whole, 8 is torn.
+        if len(saves) == 3:  # Those of steps 3 and 6 are complete, that of step 8 is not.
             raise KeyboardInterrupt
         return original(self, output_dir)
 
     original = ChunkTrainer._save_rng_state
     with monkeypatch.context() as patch:
-        patch.setattr(ChunkTrainer, "_save_rng_state", torn)
+        patch.setattr(ChunkTrainer, "_save_rng_state", killed)
         with pytest.raises(KeyboardInterrupt):
-            stages.train(recipe, tmp_path / "torn")
+            stages.train(recipe, tmp_path / "killed")
     checkpoints = sorted(
-        path.name for path in (tmp_path / "torn/checkpoints/autoencoder").glob("checkpoint-*")
+        path.name for path in (tmp_path / "killed/checkpoints/autoencoder").glob("checkpoint-*")
     )
     assert checkpoints == ["checkpoint-3", "checkpoint-6"]
-    resumed = stages.train(recipe, tmp_path / "torn", resume=True)
-    first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
-    assert all((first[name] == second[name]).all() for name in first)
+    resumed = stages.train(recipe, tmp_path / "killed", resume=True)
+    assert_equal_weights(resumed, uninterrupted)
 
 
-def test_what_a_run_leaves_behind(text, tmp_path):
+def test_finished_run_leaves_its_model_and_two_checkpoints(text, tmp_path):
     model = stages.train(toy_recipe(text), tmp_path / "run")
     assert {path.name for path in model.iterdir()} >= {
         "config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "recipe.yaml",
@@ -230,8 +237,9 @@ def test_a_given_autoencoder_is_used_and_must_fit(text, tmp_path):
     first = stages.train(recipe, tmp_path / "first")
     reused = dataclasses.replace(recipe.autoencoder, path=str(first))
     second = stages.train(dataclasses.replace(recipe, autoencoder=reused), tmp_path / "second")
-    a, b = (load_file(folder / "model.safetensors") for folder in (first, second))
-    assert all((a[name] == b[name]).all() for name in a if name.startswith("autoencoder."))
+    weights, others = (load_file(folder / "model.safetensors") for folder in (first, second))
+    names = [name for name in weights if name.startswith("autoencoder.")]
+    assert all((weights[name] == others[name]).all() for name in names)
     other = dataclasses.replace(recipe, autoencoder=reused, chunk_size=2)
     with pytest.raises(InputError, match="chunks of 4 tokens, but the recipe has 2"):
         stages.train(other, tmp_path / "third")

@@ -1,4 +1,4 @@
-"""What training logs of its speed."""
+"""What training logs about its speed."""
 
 import sys
 import time
@@ -15,39 +15,42 @@ from calm.hardware import matrix_rate
 from calm.training import overview
 from calm.training.recipe import TrainingSettings
 from calm.training.recipe_files import with_settings
-from calm.training.speed import Speed
+from calm.training.speed import SpeedMeter
 from calm.training.stages import train
 
 CPU = torch.device("cpu")
 
 
-def started(flops) -> Speed:
-    speed = Speed(100, flops, CPU, torch.float32)
+def start_measuring(flops) -> SpeedMeter:
+    """Speed from step 5 on, of steps with 100 tokens."""
+    speed = SpeedMeter(100, flops, CPU, torch.float32)
     speed.on_train_begin(None, SimpleNamespace(global_step=5), None)
     return speed
 
 
-def test_tokens_per_second_without_pauses():
-    speed = started(None)
+def test_tokens_per_second_exclude_pauses(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    speed = start_measuring(None)
     with speed.pause():
-        time.sleep(0.3)
-    time.sleep(0.05)
+        now += 3.0
+    now += 0.5
     figures = speed.read(15)
-    assert 1000 / 0.3 < figures["tokens_per_second"] <= 1000 / 0.05
+    assert figures["tokens_per_second"] == 10 * 100 / 0.5
     assert "utilisation" not in figures  # The FLOPs are not known.
     assert speed.read(15) == {}
 
 
-def test_no_peak_memory_where_the_system_does_not_tell(monkeypatch):
+def test_peak_memory_is_left_out_if_the_system_does_not_report_it(monkeypatch):
     """As on Windows, which has no module `resource`."""
     monkeypatch.setitem(sys.modules, "resource", None)
-    speed = started(None)
+    speed = start_measuring(None)
     time.sleep(0.01)
     assert speed.read(6).keys() == {"tokens_per_second"}
 
 
 def test_utilisation_is_a_share_of_the_matrix_rate():
-    speed = started(1e6)
+    speed = start_measuring(1e6)
     time.sleep(0.05)
     figures = speed.read(6)
     expected = figures["tokens_per_second"] * 1e6 / matrix_rate(CPU, torch.float32)
@@ -63,7 +66,7 @@ def test_measuring_draws_no_random_numbers():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_wide_models_are_trained_with_the_faster_products(monkeypatch, tmp_path):
+def test_wide_models_train_with_faster_float32_products(monkeypatch, tmp_path):
     monkeypatch.setattr(hardware, "_has_faster_float32", lambda: True)
     seen = set()
     step = Trainer.training_step
@@ -80,7 +83,7 @@ def test_wide_models_are_trained_with_the_faster_products(monkeypatch, tmp_path)
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_the_overview_times_steps_as_they_are_trained(monkeypatch):
+def test_overview_times_steps_with_the_products_of_training(monkeypatch):
     seen = []
     monkeypatch.setattr(hardware, "_has_faster_float32", lambda: True)
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Training a language model that learns from a Transformer of tokens."""
+"""Training a language model that learns from a token-level Transformer."""
 
 import json
 import shutil
@@ -58,10 +58,10 @@ def base(tmp_path_factory) -> Path:
 
 
 def recipe_for(base: Path, kind: str = "uptrained", **settings):
-    """A recipe of a kind of student, with the Transformer as teacher; None stands for no teacher."""
+    """A recipe of one of KINDS, with the Transformer as teacher; setting TEACHER to None removes it."""
     source = str(base / "source")
-    own = {TEACHER: source, **({INIT: source} if kind == "uptrained" else {}), **KINDS[kind]}
-    return with_settings(toy_recipe(base / "text.jsonl", "adamw"), {**own, **settings})
+    defaults = {TEACHER: source, **({INIT: source} if kind == "uptrained" else {}), **KINDS[kind]}
+    return with_settings(toy_recipe(base / "text.jsonl", "adamw"), {**defaults, **settings})
 
 
 def losses_of(run: Path) -> list[float]:
@@ -80,7 +80,7 @@ def taught(base) -> Path:
     return base / "taught"
 
 
-def test_a_kill_does_not_matter(base, taught, tmp_path, monkeypatch):
+def test_killed_run_resumes_to_the_same_weights(base, taught, tmp_path, monkeypatch):
     recipe = recipe_for(base, **{"language_model.teacher.states": 0.5})
     resumed = killed_and_resumed(recipe, tmp_path / "run", monkeypatch)
     assert (resumed / "model.safetensors").read_bytes() == (taught / "model/model.safetensors").read_bytes()
@@ -89,7 +89,7 @@ def test_a_kill_does_not_matter(base, taught, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_teacher_changes_the_training_and_no_weight_does_not(kind, base, tmp_path, monkeypatch):
+def test_teacher_changes_the_training_unless_its_weight_is_zero(kind, base, tmp_path, monkeypatch):
     log = {"language_model.training.log_every": 1}
     stages.train(recipe_for(base, kind, **log), tmp_path / "taught")
     alone = stages.train(
@@ -97,7 +97,7 @@ def test_a_teacher_changes_the_training_and_no_weight_does_not(kind, base, tmp_p
     )
     assert losses_of(tmp_path / "taught") != losses_of(tmp_path / "alone")
     assert (tmp_path / "taught/teacher.json").is_file() and not (tmp_path / "alone/teacher.json").exists()
-    # Nobody looks at a teacher who does not count.
+    # A teacher whose weight is 0 is not even loaded.
     recipe = recipe_for(base, kind, **log, **{"language_model.teacher.weight": 0.0})
     monkeypatch.setattr("calm.training.teacher.load_language_model_and_tokenizer", None)
     without = stages.train(recipe, tmp_path / "without")
@@ -109,30 +109,30 @@ def tokens_of(base: Path) -> dict[str, str]:
     return {"data.tokenizer": str(base / "source")}
 
 
-def test_held_out_losses_are_of_the_text_alone(base, tmp_path):
-    """With weights that do not move they are the same with a teacher and without."""
-    still = {"language_model.training.optimizer.learning_rate": 0.0}
+def test_held_out_losses_do_not_include_the_teacher(base, tmp_path):
+    """With a learning rate of zero, they are the same with a teacher and without."""
+    zero_rate = {"language_model.training.optimizer.learning_rate": 0.0}
     figures = []
-    for name, own in (("taught", {}), ("alone", {TEACHER: None})):
-        stages.train(recipe_for(base, **still, **own), tmp_path / name)
+    for name, changes in (("taught", {}), ("alone", {TEACHER: None})):
+        stages.train(recipe_for(base, **zero_rate, **changes), tmp_path / name)
         history = json.loads((tmp_path / name / "history.json").read_text())["language_model"]
         figures.append([entry["eval_cross_entropy"] for entry in history if "eval_cross_entropy" in entry])
     assert figures[0] == figures[1] and len(figures[0]) == 3
     assert losses_of(tmp_path / "taught") != losses_of(tmp_path / "alone")
 
 
-def test_checkpointing_and_summed_gradients_change_nothing(base, tmp_path):
-    more = {"language_model.training.batch_tokens": 128, "language_model.training.log_every": 1}
-    ways = {
-        "whole": {},
+def test_gradient_checkpointing_and_accumulation_change_nothing(base, tmp_path):
+    settings = {"language_model.training.batch_tokens": 128, "language_model.training.log_every": 1}
+    variants = {
+        "plain": {},
         "checkpointed": {"language_model.training.gradient_checkpointing": True},
         "summed": {"language_model.training.microbatch_tokens": 64},
     }
-    for name, own in ways.items():
-        stages.train(recipe_for(base, "new", **more, **own), tmp_path / name)
-    whole = losses_of(tmp_path / "whole")
+    for name, changes in variants.items():
+        stages.train(recipe_for(base, "new", **settings, **changes), tmp_path / name)
+    expected = losses_of(tmp_path / "plain")
     for name in ("checkpointed", "summed"):
-        assert_close(losses_of(tmp_path / name), whole, rtol=1e-5, atol=0)
+        assert_close(losses_of(tmp_path / name), expected, rtol=1e-5, atol=0)
 
 
 def test_in_mixed_precision_the_teacher_is_in_half_precision(base, tmp_path):
@@ -143,8 +143,8 @@ def test_in_mixed_precision_the_teacher_is_in_half_precision(base, tmp_path):
     assert all(loss > 0 for loss in losses_of(tmp_path / "run"))
 
 
-def test_two_processes_that_share_the_model(base, tmp_path):
-    """Each has the teacher; the run is that of one."""
+def test_sharding_between_two_processes_has_the_losses_of_one(base, tmp_path):
+    """Each process has the whole teacher."""
     settings = {
         "language_model.training.batch_tokens": 128,
         "language_model.training.log_every": 1,
@@ -153,28 +153,29 @@ def test_two_processes_that_share_the_model(base, tmp_path):
     recipe = recipe_for(base, **settings)
     stages.train(recipe, tmp_path / "one")
     write_recipe(with_settings(recipe, {"language_model.sharded": True}), tmp_path / "recipe.yaml")
-    done = launch(2, "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "two")
-    assert done.returncode == 0, done.stderr[-3000:]
+    result = launch(2, "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "two")
+    assert result.returncode == 0, result.stderr[-3000:]
     assert_close(losses_of(tmp_path / "two"), losses_of(tmp_path / "one"), rtol=1e-5, atol=0)
-    assert done.stderr.count("learning from '") == 1
+    assert result.stderr.count("learning from '") == 1
 
 
-def test_another_teacher_in_its_place_is_noticed(base, tmp_path, monkeypatch, capsys):
-    moved = tmp_path / "teacher"
-    shutil.copytree(base / "source", moved)
-    recipe = recipe_for(base, "new", **{TEACHER: str(moved)})
+def test_resuming_is_refused_after_the_teacher_changed(base, tmp_path, monkeypatch, capsys):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(base / "source", teacher)
+    recipe = recipe_for(base, "new", **{TEACHER: str(teacher)})
     with monkeypatch.context() as patch:
         interrupt(patch, "language_model", 5)
         with pytest.raises(KeyboardInterrupt):
             stages.train(recipe, tmp_path / "run")
-    network = LlamaForCausalLM.from_pretrained(moved)
+    network = LlamaForCausalLM.from_pretrained(teacher)
     network.model.norm.weight.data[0] += 1
-    network.save_pretrained(moved)
-    said = failure(capsys, "train", "--resume", "--output", tmp_path / "run")
-    assert f"the teacher '{moved}' changed since the run began" in said
+    network.save_pretrained(teacher)
+    error = failure(capsys, "train", "--resume", "--output", tmp_path / "run")
+    assert f"the teacher '{teacher}' changed since the run began" in error
 
 
-def test_a_new_model_takes_the_tokens_of_its_teacher_whose_embedding_may_be_larger(base, tmp_path):
+def test_new_model_takes_the_tokenizer_of_its_teacher(base, tmp_path):
+    """Also if the teacher's embedding has more rows than the tokenizer has tokens."""
     source = toy_source(tmp_path, vocab_size=320)
     model = load_model(str(stages.train(recipe_for(base, "new", **{TEACHER: str(source)}), tmp_path / "run")))
     assert model.config.vocab_size == 300
@@ -183,45 +184,45 @@ def test_a_new_model_takes_the_tokens_of_its_teacher_whose_embedding_may_be_larg
     ).read_bytes()
 
 
-def test_what_is_known_of_a_run_names_the_teacher(base, taught):
+def test_facts_costs_and_card_of_a_run_include_the_teacher(base, taught):
     facts, recipe = read_teacher_facts(taught), read_recipe(str(taught / "recipe.yaml"))
     network, _ = load_language_model_and_tokenizer(str(base / "source"))
     assert facts.model == str(base / "source")
-    assert facts.parameters == sum(one.numel() for one in network.parameters())
+    assert facts.parameters == sum(weight.numel() for weight in network.parameters())
     assert facts.flops_per_token == sum(cost_of(network.config, Work(32)).inference.values())
     model = load_model(str(taught / "model"))
-    tokens, own = 8 * 64, training_flops(model.config, 32)
-    wanted = tokens * (own + facts.flops_per_token)
+    tokens, flops_per_token = 8 * 64, training_flops(model.config, 32)
+    expected = tokens * (flops_per_token + facts.flops_per_token)
     history = json.loads((taught / "history.json").read_text())
     known = facts_of(recipe, model, history, facts)
-    assert known.flops == pytest.approx(wanted) and "source" in known.teacher
+    assert known.flops == pytest.approx(expected) and "source" in known.teacher
     assert [stage.name for stage in known.stages] == [LANGUAGE_MODEL]
-    assert record_of(taught, model.config).flops == pytest.approx(wanted)
-    assert language_model_flops(recipe, 300) == pytest.approx(wanted)
+    assert record_of(taught, model.config).flops == pytest.approx(expected)
+    assert language_model_flops(recipe, 300) == pytest.approx(expected)
     (forecast,) = forecasts_of(Run(recipe, taught.parent / "next"), load_prepared(taught / "data"))
-    assert forecast.flops == pytest.approx(wanted) and "learning from '" in str(forecast)
+    assert forecast.flops == pytest.approx(expected) and "learning from '" in str(forecast)
     card = write_card(taught, num_blocks=4).read_text()
     assert "It learned from the teacher 'source' (" in card and str(base) not in card
 
 
-def test_the_flops_of_a_recipe_have_a_part_for_the_teacher(base, tmp_path, capsys):
+def test_flops_command_lists_those_of_the_teacher(base, tmp_path, capsys):
     write_recipe(recipe_for(base), tmp_path / "recipe.yaml")
     main(["flops", str(tmp_path / "recipe.yaml"), "--positions", "8", "--json"])
-    told = json.loads(capsys.readouterr().out)
+    flops = json.loads(capsys.readouterr().out)
     config = AutoConfig.from_pretrained(base / "source")
-    assert told["training"]["teacher"] == teaching_flops(config, 32)
+    assert flops["training"]["teacher"] == teaching_flops(config, 32)
 
 
-def test_the_flops_of_a_recipe_are_those_of_the_tokens_that_it_is_trained_with(base, tmp_path, capsys):
-    """The teacher's, where it names no others."""
+def test_flops_command_uses_the_vocabulary_of_the_teacher(base, tmp_path, capsys):
+    """As training does if the recipe names no tokenizer."""
     write_recipe(recipe_for(base, "new", **{"data.vocab_size": 999}), tmp_path / "recipe.yaml")
     main(["flops", str(tmp_path / "recipe.yaml"), "--json"])
     size = len(load_tokenizer(str(base / "source")))
     assert json.loads(capsys.readouterr().out)["vocab_size"] == size != 999
 
 
-def test_flops_of_a_teacher_of_another_kind_are_counted():
-    """By torch; for a Llama that comes to what our own count says, but for the angles of positions."""
+def test_flops_of_a_teacher_of_another_architecture_are_counted():
+    """By torch: for a Mistral, what our formula gives for the same Llama, but for the rotary angles."""
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
     mistral = MistralConfig(**sizes, sliding_window=None)
@@ -264,7 +265,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("kind", "changes", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_does_not_fit_is_refused_before_anything_is_written(
+def test_invalid_settings_are_refused_before_anything_is_written(
     kind, changes, message, base, tmp_path, capsys, monkeypatch
 ):
     if changes.get("data.tokenizer") == "other":
@@ -274,22 +275,22 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
         changes = {**changes, "data.tokenizer": str(tmp_path / "other")}
     write_recipe(recipe_for(base, kind, **changes), tmp_path / "recipe.yaml")
     monkeypatch.setattr(opening, "prepare", lambda *_, **__: pytest.fail("text was prepared"))
-    said = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
-    assert message in said and not (tmp_path / "run").exists()
+    error = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    assert message in error and not (tmp_path / "run").exists()
 
 
 SIZES = {"vocab_size": 300, "hidden_size": 16, "num_attention_heads": 2, "bos_token_id": 2, "eos_token_id": 1,
          "pad_token_id": 0}  # fmt: skip
-STRANGE = {
-    "scaled scores": (CohereConfig(**SIZES, intermediate_size=24, num_hidden_layers=1, logit_scale=0.5),
+UNSUPPORTED = {
+    "scaled logits": (CohereConfig(**SIZES, intermediate_size=24, num_hidden_layers=1, logit_scale=0.5),
                       "not simply its states times its output embeddings"),
     "a state that runs on": (MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1),
                              "does not keep the documents of a block apart"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("config", "message"), STRANGE.values(), ids=STRANGE)
-def test_a_teacher_that_cannot_be_read_so_is_refused(config, message, base, taught, tmp_path):
+@pytest.mark.parametrize(("config", "message"), UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_teacher_of_an_unsupported_architecture_is_refused(config, message, base, taught, tmp_path):
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(config)
     for weight in network.parameters():
@@ -303,7 +304,7 @@ def test_a_teacher_that_cannot_be_read_so_is_refused(config, message, base, taug
         )
 
 
-def test_a_transformer_of_another_kind_cannot_be_taught(base):
+def test_student_of_an_unsupported_architecture_is_refused(base):
     network = AutoModelForCausalLM.from_config(
         MistralConfig(**SIZES, intermediate_size=24, num_hidden_layers=1)
     )
@@ -311,20 +312,23 @@ def test_a_transformer_of_another_kind_cannot_be_taught(base):
         check_teacher(recipe_for(base, "autoregressive"), network)
 
 
-def test_settings_say_whether_a_teacher_takes_part():
+def test_teacher_is_used_only_if_it_is_named_and_has_a_weight():
     assert not TeacherSettings().is_used and not TeacherSettings(model="x", weight=0.0).is_used
     assert TeacherSettings(model="x").is_used
     assert TeacherSettings(model="x", weight=0.0, states=0.1).is_used
 
 
-@pytest.mark.parametrize(("layers", "wanted"), [(None, 1), ([0, 2, 3], 0), ([1, 2, 3], 1), ([0, 1, 2, 3], 1)])
-def test_states_are_those_of_the_layer_with_which_the_backbone_ends(layers, wanted, base):
-    own = {"language_model.uptraining.layers": layers, "language_model.teacher.states": 1.0}
+@pytest.mark.parametrize(
+    ("layers", "expected"), [(None, 1), ([0, 2, 3], 0), ([1, 2, 3], 1), ([0, 1, 2, 3], 1)]
+)
+def test_states_are_learned_from_the_last_layer_of_the_backbone(layers, expected, base):
+    settings = {"language_model.uptraining.layers": layers, "language_model.teacher.states": 1.0}
     config = AutoConfig.from_pretrained(base / "source")
-    assert layer_of(recipe_for(base, **own), config) == wanted
+    assert layer_of(recipe_for(base, **settings), config) == expected
     assert layer_of(recipe_for(base), config) is None
 
 
-def test_the_folder_of_a_teacher_is_never_replaced(base, tmp_path):
-    places = opening._input_paths(recipe_for(base, "new"))
-    assert str(base / "source") in places
+def test_folder_of_a_teacher_is_an_input_of_the_run(base, tmp_path):
+    """So no run with this teacher may overwrite it."""
+    paths = opening._input_paths(recipe_for(base, "new"))
+    assert str(base / "source") in paths

@@ -1,4 +1,4 @@
-"""Training to think: stages come and go, runs resume exactly, and thoughts carry what pauses cannot."""
+"""Fine-tuning with continuous thoughts: stages, exact resuming, adapters, and what is refused."""
 
 import json
 import re
@@ -42,11 +42,11 @@ MARKERS = (2, 1)  # BOS and EOS.
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A CALM and a Llama that know nothing, with a tokenizer, and questions of two steps."""
+    """An untrained CALM with each of two heads and a Llama, with a tokenizer, and questions of two steps."""
     folder = tmp_path_factory.mktemp("base")
     write_items(folder / "items.jsonl", "chain", 2, 1, 60, False)
     records = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
-    tokenizer = train_tokenizer((" ".join([one["prompt"], *one["steps"]]) for one in records), 330)
+    tokenizer = train_tokenizer((" ".join([record["prompt"], *record["steps"]]) for record in records), 330)
     sizes = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
     tokenizer.save_pretrained(folder / "calm")
     calm = tiny_model(2, vocab_size=len(tokenizer), head_config={"head_type": "sequential"})
@@ -89,12 +89,12 @@ def weights_of(run):
 
 
 def losses_of(run):
-    return [one["loss"] for one in json.loads((run / "history.json").read_text()) if "loss" in one]
+    return [entry["loss"] for entry in json.loads((run / "history.json").read_text()) if "loss" in entry]
 
 
 @pytest.mark.parametrize("model", ["plain", "calm", "energy"])
 @pytest.mark.parametrize("mode", ["state", "pause", "drop"])
-def test_every_model_takes_every_mode(model, mode, base, tmp_path):
+def test_every_model_trains_in_every_mode(model, mode, base, tmp_path):
     finetune(recipe_for(base, model, {"mode": mode}), tmp_path / "run")
     loaded, _ = load_language_model_and_tokenizer(str(tmp_path / "run"))
     thoughts = thoughts_of(loaded.config)
@@ -103,11 +103,11 @@ def test_every_model_takes_every_mode(model, mode, base, tmp_path):
     else:
         assert thoughts == Thoughts(2, *MARKERS, mode)
     history = json.loads((tmp_path / "run/history.json").read_text())
-    scored = [one for one in history if "eval_ends_with_completion" in one]
-    assert [one["step"] for one in scored] == [3, 6, 9]
-    assert not any("eval_exact_match" in one for one in history)  # Steps may come first.
+    scored = [entry for entry in history if "eval_ends_with_completion" in entry]
+    assert [entry["step"] for entry in scored] == [3, 6, 9]
+    assert not any("eval_exact_match" in entry for entry in history)  # Answers may begin with steps.
     answers = [json.loads(line) for line in (tmp_path / "run/answers.jsonl").read_text().splitlines()]
-    assert len(answers) == 4 and not any("<|" in one["after"] for one in answers)
+    assert len(answers) == 4 and not any("<|" in answer["after"] for answer in answers)
 
 
 @pytest.mark.parametrize(
@@ -115,38 +115,40 @@ def test_every_model_takes_every_mode(model, mode, base, tmp_path):
     [(3, "plain", "adamw"), (5, "plain", "muon"), (3, "calm", "muon"), (5, "calm", "adamw")],
 )
 def test_resumed_equals_uninterrupted(killed_at, model, optimizer, base, tmp_path, monkeypatch):
-    """Killed where a stage changes, and inside one."""
+    """Killed where a stage changes, and within one."""
     recipe = recipe_for(base, model, optimizer=OptimizerSettings(name=optimizer, warmup_steps=2))
-    finetune(recipe, tmp_path / "whole")
+    finetune(recipe, tmp_path / "uninterrupted")
     with monkeypatch.context() as patch:
         interrupt(patch, "checkpoints", killed_at)
         with pytest.raises(KeyboardInterrupt):
             finetune(recipe, tmp_path / "run")
     finetune(recipe, tmp_path / "run", resume=True)
-    for name, weight in weights_of(tmp_path / "whole").items():
+    for name, weight in weights_of(tmp_path / "uninterrupted").items():
         assert torch.equal(weight, weights_of(tmp_path / "run")[name]), name
-    assert (tmp_path / "run/answers.jsonl").read_text() == (tmp_path / "whole/answers.jsonl").read_text()
+    assert (tmp_path / "run/answers.jsonl").read_text() == (
+        tmp_path / "uninterrupted/answers.jsonl"
+    ).read_text()
 
 
 def test_a_run_killed_after_its_last_step_still_thinks(base, tmp_path, monkeypatch):
-    """It resumes without a step, and answers and saves as the last stage does."""
-    finetune(recipe_for(base), tmp_path / "whole")
+    """It resumes without training a step, but answers and saves as in the last stage."""
+    finetune(recipe_for(base), tmp_path / "uninterrupted")
 
-    def killed(*_):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "save_model", killed)
+        patch.setattr(Run, "save_model", interrupted)
         with pytest.raises(KeyboardInterrupt):
             finetune(recipe_for(base), tmp_path / "run")
     assert (tmp_path / "run/checkpoints/checkpoint-9").is_dir()
     finetune(recipe_for(base), tmp_path / "run", resume=True)
     for part in ("model/config.json", "answers.jsonl"):
-        assert (tmp_path / "run" / part).read_text() == (tmp_path / "whole" / part).read_text()
+        assert (tmp_path / "run" / part).read_text() == (tmp_path / "uninterrupted" / part).read_text()
 
 
-def test_two_processes_learn_the_same(base, tmp_path):
-    # Where gradients are rounding errors, AdamW would make steps of them.
+def test_two_processes_train_the_same_model_as_one(base, tmp_path):
+    # With a smaller epsilon, AdamW would turn gradients that are rounding errors into steps.
     optimizer = OptimizerSettings(name="adamw", learning_rate=1e-2, warmup_steps=2, epsilon=1e-3)
     recipe = recipe_for(base, "calm", optimizer=optimizer)
     finetune(recipe, tmp_path / "alone")
@@ -158,35 +160,39 @@ def test_two_processes_learn_the_same(base, tmp_path):
         assert_close(weights_of(tmp_path / "two")[name], weight, rtol=0, atol=1e-4)
 
 
-def test_parts_of_a_step_are_summed(base, tmp_path):
-    """Rows of different stages lie in different microbatches."""
-    finetune(recipe_for(base), tmp_path / "whole")
-    finetune(recipe_for(base, microbatch_tokens=64), tmp_path / "parts")
-    assert_close(torch.tensor(losses_of(tmp_path / "whole")), torch.tensor(losses_of(tmp_path / "parts")))
+def test_microbatches_of_different_stages_are_summed(base, tmp_path):
+    """Rows of different stages are in different microbatches."""
+    finetune(recipe_for(base), tmp_path / "at_once")
+    finetune(recipe_for(base, microbatch_tokens=64), tmp_path / "in_parts")
+    assert_close(
+        torch.tensor(losses_of(tmp_path / "at_once")), torch.tensor(losses_of(tmp_path / "in_parts"))
+    )
 
 
-def test_an_energy_head_has_noise_of_its_own_for_each_row(base, tmp_path):
-    finetune(recipe_for(base, "energy"), tmp_path / "whole")
-    finetune(recipe_for(base, "energy", microbatch_tokens=64), tmp_path / "parts")
+def test_noise_of_an_energy_head_depends_on_the_row(base, tmp_path):
+    finetune(recipe_for(base, "energy"), tmp_path / "at_once")
+    finetune(recipe_for(base, "energy", microbatch_tokens=64), tmp_path / "in_parts")
     model, tokenizer = load_language_model_and_tokenizer(str(base / "energy"))
     thinking = thinking_of(recipe_for(base, "energy"), model, tokenizer)
     rows = [ThinkingRow([2, word], [5, 1], [-100, -100, 5, 1]) for word in (7, 8, 7)]
     numbers = thinking.collate(rows)[NUMBERS].tolist()
     assert numbers[0] == numbers[2] != numbers[1]
-    assert_close(torch.tensor(losses_of(tmp_path / "whole")), torch.tensor(losses_of(tmp_path / "parts")))
+    assert_close(
+        torch.tensor(losses_of(tmp_path / "at_once")), torch.tensor(losses_of(tmp_path / "in_parts"))
+    )
 
 
-def test_the_optimizer_is_reset_where_a_stage_begins_and_nowhere_else(base, tmp_path, monkeypatch):
+def test_optimizer_is_reset_only_where_a_stage_begins(base, tmp_path, monkeypatch):
     steps = []
-    whole = StageChange.on_step_begin
+    original = StageChange.on_step_begin
 
-    def noted(self, args, state, control, optimizer=None, **others):
+    def recorded(self, args, state, control, optimizer=None, **others):
         before = len(optimizer.state)
-        whole(self, args, state, control, optimizer=optimizer, **others)
+        original(self, args, state, control, optimizer=optimizer, **others)
         if before and not optimizer.state:
             steps.append(state.global_step)
 
-    monkeypatch.setattr(StageChange, "on_step_begin", noted)
+    monkeypatch.setattr(StageChange, "on_step_begin", recorded)
     finetune(recipe_for(base), tmp_path / "run")
     assert steps == [3, 6]
     steps.clear()
@@ -194,18 +200,18 @@ def test_the_optimizer_is_reset_where_a_stage_begins_and_nowhere_else(base, tmp_
     assert steps == []
 
 
-def test_scales(base):
+def test_rms_scale_is_that_of_the_embeddings(base):
     model, tokenizer = load_language_model_and_tokenizer(str(base / "plain"))
     thinking = thinking_of(recipe_for(base, thoughts={"scale": "rms"}), model, tokenizer)
     embedding = model.get_input_embeddings().weight
     assert thinking.thoughts.scale == pytest.approx(embedding.pow(2).mean().sqrt().item())
     model, tokenizer = load_language_model_and_tokenizer(str(base / "calm"))
     thinking = thinking_of(recipe_for(base, "calm", {"scale": "rms"}), model, tokenizer)
-    assert thinking.thoughts.scale == pytest.approx(1.0)  # What a new norm gives.
+    assert thinking.thoughts.scale == pytest.approx(1.0)  # States leave a new norm with an RMS of 1.
 
 
-def test_adapters_say_nothing_and_ask_nobody(base, tmp_path, monkeypatch):
-    """peft would warn where it looks for the base by its name, on the hub even; and of its own old names."""
+def test_adapters_cause_no_warnings_and_do_not_ask_the_hub(base, tmp_path, monkeypatch):
+    """peft would look for the base model by name, even on the hub, and warn; and of its own old names."""
     import peft.utils.other
     import peft.utils.save_and_load
 
@@ -215,15 +221,17 @@ def test_adapters_say_nothing_and_ask_nobody(base, tmp_path, monkeypatch):
         )
     recipe = with_settings(recipe_for(base), {"lora.rank": 2})
     finetune(recipe, tmp_path / "first")
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         again = with_settings(recipe, {"model": str(tmp_path / "first/adapter")})
         finetune(again, tmp_path / "second")
         load_language_model_and_tokenizer(str(tmp_path / "second/adapter"))
-    assert not [one for one in said if "peft" in one.filename or "checkpointing" in str(one.message)]
+    assert not [
+        warning for warning in caught if "peft" in warning.filename or "checkpointing" in str(warning.message)
+    ]
 
 
-def test_adapters_think_as_the_model_does(base, tmp_path):
+def test_adapters_think_like_the_merged_model(base, tmp_path):
     for name in ("calm", "plain"):
         recipe = recipe_for(base, name)
         recipe.lora.rank = 2
@@ -239,7 +247,7 @@ def test_adapters_think_as_the_model_does(base, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["drop", "none"])
-def test_adapters_of_a_model_that_has_unlearned_to_think_do_not_think(mode, base, tmp_path):
+def test_adapters_trained_without_thoughts_do_not_think(mode, base, tmp_path):
     finetune(recipe_for(base), tmp_path / "thinks")
     recipe = recipe_for(base, thoughts={"mode": mode})
     recipe.model, recipe.lora.rank = str(tmp_path / "thinks"), 2
@@ -249,11 +257,11 @@ def test_adapters_of_a_model_that_has_unlearned_to_think_do_not_think(mode, base
     assert [thoughts_of(model.config) for model, _ in models] == [None] * 2
     answers = [continue_texts(*model, ["a ? b :"], temperature=0.0) for model in models]
     assert answers[0] == answers[1]
-    finetune(recipe, tmp_path / "run", overwrite=True)  # All in it is known to be ours.
+    finetune(recipe, tmp_path / "run", overwrite=True)  # Every file in it is recognized as ours.
 
 
 @pytest.mark.parametrize("mode", ["drop", "none"])
-def test_a_model_that_is_trained_on_without_thoughts_no_longer_thinks(mode, base, tmp_path, caplog):
+def test_model_trained_further_without_thoughts_no_longer_thinks(mode, base, tmp_path, caplog):
     finetune(recipe_for(base), tmp_path / "thinks")
     recipe = recipe_for(base, thoughts={"mode": mode})
     recipe.model = str(tmp_path / "thinks")
@@ -263,7 +271,7 @@ def test_a_model_that_is_trained_on_without_thoughts_no_longer_thinks(mode, base
     assert ("it will no longer use them" in caplog.text) == (mode == "none")
 
 
-BAD = {
+INVALID = {
     "supervised": ({"mode": "drop", "supervised": True}, {}, "nothing .*supervised"),
     "scale": ({"mode": "pause", "scale": "rms"}, {}, "thoughts.scale is for thoughts.mode state"),
     "numbers": ({"stages": 200, "per_step": 100}, {}, "would begin at step|times thoughts.per_step"),
@@ -282,24 +290,24 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("thoughts", "training", "message"), BAD.values(), ids=BAD)
-def test_bad_recipes(thoughts, training, message, base, tmp_path):
+@pytest.mark.parametrize(("thoughts", "training", "message"), INVALID.values(), ids=INVALID)
+def test_invalid_recipes_are_refused(thoughts, training, message, base, tmp_path):
     with pytest.raises(InputError, match=message):
         finetune(recipe_for(base, thoughts=thoughts, **training), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("place", [0, 15, 58])
-def test_an_example_that_does_not_fit_is_named_by_its_line(place, base, tmp_path):
-    """However the examples are split, and whatever other files there are."""
+@pytest.mark.parametrize("index", [0, 15, 58])
+def test_an_example_that_does_not_fit_is_named_by_its_line(index, base, tmp_path):
+    """However the examples are split, and whichever other files there are."""
     lines = (base / "items.jsonl").read_text().splitlines()
-    long = json.loads(lines[place]) | {"steps": ["b = 5 ." * 40]}
+    long = json.loads(lines[index]) | {"steps": ["b = 5 ." * 40]}
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     files[0].write_text("\n".join(lines))
-    files[1].write_text("\n".join([*lines[:place], json.dumps(long), *lines[place + 1 :]]))
+    files[1].write_text("\n".join([*lines[:index], json.dumps(long), *lines[index + 1 :]]))
     recipe = with_settings(recipe_for(base), {"examples.sources": [str(file) for file in files]})
-    said = rf"^'{re.escape(str(files[1]))}', line {place + 1}: .* leave no room for a prompt"
-    with pytest.raises(InputError, match=said):
+    message = rf"^'{re.escape(str(files[1]))}', line {index + 1}: .* leave no room for a prompt"
+    with pytest.raises(InputError, match=message):
         finetune(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -308,7 +316,7 @@ def test_an_example_that_does_not_fit_is_named_by_its_line(place, base, tmp_path
 def test_only_training_examples_are_counted_as_shortened(mode, base, tmp_path, monkeypatch):
     records = [json.loads(line) for line in (base / "items.jsonl").read_text().splitlines()]
     for name, long in {"items": records[:2], "held_out": records}.items():
-        rows = [one | {"prompt": one["prompt"] * (9 if one in long else 1)} for one in records]
+        rows = [record | {"prompt": record["prompt"] * (9 if record in long else 1)} for record in records]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"examples.sources": "items.jsonl", "examples.validation_sources": "held_out.jsonl"}
     settings = {name: str(tmp_path / file) for name, file in settings.items()}
@@ -319,17 +327,19 @@ def test_only_training_examples_are_counted_as_shortened(mode, base, tmp_path, m
 
 
 @pytest.mark.parametrize("side", ["sources", "validation_sources"])
-def test_records_without_any_steps_are_told(side, base, tmp_path, caplog, monkeypatch):
-    """A field may be misspelled; a run that means it goes on."""
+def test_files_without_any_steps_are_warned_about(side, base, tmp_path, caplog, monkeypatch):
+    """The field may be misspelled; the run continues, in case it is meant."""
     records = [json.loads(line) for line in (base / "items.jsonl").read_text().splitlines()]
     file = tmp_path / "misspelled.jsonl"
-    file.write_text("\n".join(json.dumps({**one, "stepz": one["steps"], "steps": None}) for one in records))
+    file.write_text(
+        "\n".join(json.dumps({**record, "stepz": record["steps"], "steps": None}) for record in records)
+    )
     sources = {"sources": str(base / "items.jsonl"), "validation_sources": str(base / "items.jsonl")}
     settings = {f"examples.{name}": value for name, value in (sources | {side: str(file)}).items()}
     monkeypatch.setattr("calm.training.finetuning._train", lambda *_: None)
     finetune(with_settings(recipe_for(base), settings), tmp_path / "run")
-    [told] = [one.getMessage() for one in caplog.records if "'steps'" in one.getMessage()]
-    assert told.startswith(f"no record of {file} has 'steps'") and "thoughts.mode state" in told
+    [message] = [entry.getMessage() for entry in caplog.records if "'steps'" in entry.getMessage()]
+    assert message.startswith(f"no record of {file} has 'steps'") and "thoughts.mode state" in message
     caplog.clear()
     finetune(recipe_for(base), tmp_path / "other")
     assert "'steps'" not in caplog.text
@@ -346,32 +356,32 @@ def test_a_context_beyond_the_model_is_refused(base, tmp_path):
 @pytest.mark.parametrize(
     ("mode", "metric", "percent"), [("state", "ends_with_completion", 100), ("none", "exact_match", 0)]
 )
-def test_steps_before_the_completion_make_no_answer_wrong_where_they_are_trained(
+def test_answers_with_steps_count_as_correct_if_steps_are_trained(
     mode, metric, percent, base, tmp_path, monkeypatch
 ):
-    room = []
+    limits = []
 
-    def answers(model, tokenizer, asked, *, max_new_tokens, **_):
-        room.append(max_new_tokens)
-        return [f"b = 5 .{text}" for text in completions_of(asked, tokenizer)]
+    def answers(model, tokenizer, examples, *, max_new_tokens, **_):
+        limits.append(max_new_tokens)
+        return [f"b = 5 .{text}" for text in completions_of(examples, tokenizer)]
 
     monkeypatch.setattr("calm.training.finetuning.answer", answers)
     finetune(recipe_for(base, thoughts={"mode": mode}), tmp_path / "run")
     history = json.loads((tmp_path / "run/history.json").read_text())
-    assert {one[f"eval_{metric}"] for one in history if f"eval_{metric}" in one} == {percent}
-    # Before, after three steps of each stage, and after all: two steps, one and none are written.
-    both, _, one_step, none, _ = room
-    assert room == [both, both, one_step, none, none]
-    assert both is None if mode == "none" else both > one_step > none
+    assert {entry[f"eval_{metric}"] for entry in history if f"eval_{metric}" in entry} == {percent}
+    # Before training, after each stage, and at the end. The stages write two steps, one and none.
+    two_steps, _, one_step, no_steps, _ = limits
+    assert limits == [two_steps, two_steps, one_step, no_steps, no_steps]
+    assert two_steps is None if mode == "none" else two_steps > one_step > no_steps
 
 
 def test_the_card_counts_answers_as_the_run_does(base, tmp_path):
-    """Steps that are written before the completion make no answer wrong."""
+    """Steps before the completion do not make an answer wrong."""
     run = tmp_path / "run"
     finetune(recipe_for(base), run)
     rows = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
-    right = [row | {"before": "no", "after": f"a = 3 . {row['completion']}"} for row in rows]
-    (run / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in right))
+    correct = [row | {"before": "no", "after": f"a = 3 . {row['completion']}"} for row in rows]
+    (run / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in correct))
     card = card_of_finetuning(run, CardDetails("thinker"))
     assert "Of 4 held-out prompts, 0% were answered with words that end with the expected" in card
     assert "100% after" in card and "value: 100.0" in card
@@ -379,7 +389,7 @@ def test_the_card_counts_answers_as_the_run_does(base, tmp_path):
     assert "exact" not in card
 
 
-def test_the_command_line(base, tmp_path, capsys):
+def test_invalid_option_of_the_command_line_is_refused(base, tmp_path, capsys):
     arguments = ("finetune", "--model", base / "plain", "--examples.sources", base / "items.jsonl")
     message = failure(
         capsys, *arguments, "--output", tmp_path / "run", "--thoughts.mode", "state", "--thoughts.mix", "2"

@@ -1,4 +1,4 @@
-"""What a run with thoughts makes of examples at each stage: rows, their loss, and how long answers are."""
+"""What a run with thoughts makes of examples at each stage: rows, losses, the length of answers."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from calm.training.finetuning_recipe import ExampleSettings, FinetuningRecipe, T
 from calm.training.recipe import TrainingSettings
 from calm.training.thinking import ThoughtTraining, thinking_of
 
-# Prompts, completions and steps of several lengths, more than are scored at once.
+# With prompts and steps of several lengths, and more examples than are scored at once.
 EXAMPLES = [
     Example([2, *range(3, 4 + number % 5)], [30, 1], ([10, 11, 12][: 1 + number % 3], [20, 21]))
     for number in range(20)
@@ -45,7 +45,7 @@ def thinking_for(model, tokenizer, context=64, **thoughts) -> ThoughtTraining:
 
 @pytest.mark.parametrize(("mode", "supervised"), [("state", True), ("pause", True), ("state", False)])
 def test_supervised_thoughts_are_labelled_with_their_steps(mode, supervised, tokenizer):
-    """And which chunks think: exactly the thoughts."""
+    """And `is_thought` marks the chunks of thoughts, and no others."""
     model = model_of("sequential", tokenizer)
     thinking = thinking_for(model, tokenizer, mode=mode, supervised=supervised, per_step=2)
     for example in EXAMPLES[:4]:
@@ -57,10 +57,11 @@ def test_supervised_thoughts_are_labelled_with_their_steps(mode, supervised, tok
             for step in example.steps[: stage.left_out]:
                 padded = step + [IGNORED_LABEL] * (4 - len(step))
                 expected += [padded[:2], padded[2:]]
-            nothing = [[IGNORED_LABEL] * 2] * (2 * stage.left_out)
-            assert labels[first : first + len(expected)] == (expected if supervised else nothing)
-            thinks = [place for [place] in batch["is_thought"][0].nonzero()] if "is_thought" in batch else []
-            assert thinks == (list(range(first, first + len(nothing))) if mode == "state" else [])
+            ignored = [[IGNORED_LABEL] * 2] * (2 * stage.left_out)
+            assert labels[first : first + len(expected)] == (expected if supervised else ignored)
+            is_thought = batch["is_thought"][0].tolist() if "is_thought" in batch else []
+            thought_chunks = [index for index, is_one in enumerate(is_thought) if is_one]
+            assert thought_chunks == (list(range(first, first + len(ignored))) if mode == "state" else [])
 
 
 @pytest.mark.parametrize("kind", ["plain", "sequential"])
@@ -73,8 +74,9 @@ def test_the_loss_is_a_mean_over_all_targets_at_the_current_stage(kind, tokenize
         for example in EXAMPLES:
             batch = thinking.collate([thinking.row(example, stage)])
             batch.pop("block_numbers", None)
-            written = (*example.steps[stage.left_out :], example.completion)
-            targets = sum(map(len, written)) if kind == "plain" else sum(-(-len(one) // 2) for one in written)
+            sequences = (*example.steps[stage.left_out :], example.completion)
+            chunk_size = 1 if kind == "plain" else 2
+            targets = sum(-(-len(tokens) // chunk_size) for tokens in sequences)
             total, count = total + float(model(**batch).loss.detach()) * targets, count + targets
         losses.add(loss := thinking.loss(model, EXAMPLES))
         assert loss == pytest.approx(total / count, rel=1e-5)
@@ -89,23 +91,25 @@ def test_the_loss_has_the_same_noise_each_time(tokenizer):
     assert thinking.loss(model, EXAMPLES) == first
 
 
-@pytest.mark.parametrize(("kind", "longest"), [("plain", [7, 4, 2]), ("sequential", [8, 4, 2])])
-def test_an_answer_may_be_as_long_as_what_is_written_at_its_stage(kind, longest, tokenizer):
+@pytest.mark.parametrize(("kind", "expected"), [("plain", [7, 4, 2]), ("sequential", [8, 4, 2])])
+def test_longest_answer_has_the_steps_that_are_still_written(kind, expected, tokenizer):
     model = model_of(kind, tokenizer)
-    thinking, found = thinking_for(model, tokenizer), []
+    thinking, actual = thinking_for(model, tokenizer), []
     for stage in thinking.curriculum.stages:
         thinking.enter_stage(model, stage)
-        found.append(thinking.longest_answer(EXAMPLES))
-    assert found == longest and thinking.longest_answer([]) == 0
+        actual.append(thinking.longest_answer(EXAMPLES))
+    assert actual == expected and thinking.longest_answer([]) == 0
 
 
 def test_a_prompt_counts_as_shortened_if_it_is_at_any_stage(tokenizer):
-    """Here thoughts take more room than the steps that they replace."""
+    """Here the last stage leaves the least room: 2 markers, 10 thoughts and 2 tokens of the completion."""
     model = model_of("plain", tokenizer)
     thinking = thinking_for(model, tokenizer, context=20, per_step=5)
-    assert thinking.num_shortened(EXAMPLES) == sum(len(one.prompt) > 20 - 2 - 10 - 2 for one in EXAMPLES) == 0
+    too_long = [example for example in EXAMPLES if len(example.prompt) > 20 - 2 - 10 - 2]
+    assert thinking.num_shortened(EXAMPLES) == len(too_long) == 0
     thinking = thinking_for(model, tokenizer, context=18, per_step=5)
-    assert thinking.num_shortened(EXAMPLES) == sum(len(one.prompt) > 18 - 2 - 10 - 2 for one in EXAMPLES) == 8
+    too_long = [example for example in EXAMPLES if len(example.prompt) > 18 - 2 - 10 - 2]
+    assert thinking.num_shortened(EXAMPLES) == len(too_long) == 8
 
 
 def test_markers_are_the_tokens_of_the_recipe_in_its_order(tokenizer):

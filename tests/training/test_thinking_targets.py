@@ -5,7 +5,7 @@ from tiny import tiny_model
 from torch.testing import assert_close
 
 from calm.data.examples import Example, read_examples
-from calm.data.reasoning import Layout
+from calm.data.reasoning import RowLayout
 from calm.data.tokenizer import train_tokenizer
 from calm.evaluation.answers import completions_of, ends_with_completion
 from calm.models.thoughts import THOUGHT, Thoughts
@@ -16,10 +16,10 @@ MARKERS = (2, 1)  # BOS and EOS.
 
 @pytest.mark.parametrize("backbone_input", ["tokens", "both"])
 @pytest.mark.parametrize("mode", ["state", "pause"])
-def test_what_is_told_is_the_step_and_padding(mode, backbone_input):
-    """As targets of the head, for a step that does not fill its chunk, whatever is read there."""
+def test_targets_of_thoughts_are_steps_with_padding(mode, backbone_input):
+    """For steps that do not fill their chunks, whatever the backbone reads there."""
     model = tiny_model(4, backbone_input=backbone_input)
-    layout = Layout(4, 64, 0, THOUGHT)
+    layout = RowLayout(4, 64, 0, THOUGHT)
     example = Example([2, 11, 12], [9, 1], ([11, 12, 13, 14], [16, 17]))
     between = Thoughts(2, *MARKERS, mode).tokens(4)
     batch = layout.batch([layout.row(example, 2, between, layout.step_labels(example, between, 1))])
@@ -31,7 +31,7 @@ def test_what_is_told_is_the_step_and_padding(mode, backbone_input):
     assert_close(target.posterior_PZ.mean, model.autoencoder.encode(target.tokens_PK).mean)
 
 
-def test_a_completion_is_parted_from_the_steps(tmp_path):
+def test_completion_is_separated_from_the_steps(tmp_path):
     file = tmp_path / "records.jsonl"
     file.write_text('{"prompt": "a", "steps": ["b = 1 ."], "completion": "4"}\n')
     tokenizer = train_tokenizer(["a b = 1 . 4"] * 20, 300)

@@ -1,4 +1,4 @@
-"""Trackers: off unless asked for, one run for each stage, which a resumed stage goes on in."""
+"""Trackers: off unless asked for, one tracked run per stage, which a resumed stage continues."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from toy import failure, interrupt, toy_recipe
 from trackers import Mlflow, Trackio, Wandb, stand_in
 
-from calm.data.stories import stories
+from calm.data.stories import write_stories
 from calm.errors import InputError, RunError
 from calm.training import stages
 from calm.training.finetuning_recipe import FinetuningRecipe
@@ -26,19 +26,19 @@ SERVICES = ["wandb", "mlflow", "trackio"]
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "stories.jsonl"
-    path.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories(0, 12)))
+    write_stories(path, 0, 12)
     return path
 
 
 @pytest.fixture
 def recipe(text):
-    """Its language model is evaluated when the training has ended, its autoencoder meanwhile."""
+    """Its language model is evaluated only after training, its autoencoder during training as well."""
     return with_settings(toy_recipe(text), {"language_model.training.evaluate_every": 0})
 
 
 @pytest.fixture
 def trackers(monkeypatch):
-    """The services by name, and an environment without their settings."""
+    """Stand-ins for the services by name, and an environment without settings for them."""
     for name in list(os.environ):
         if name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_", "TENSORBOARD_")):
             monkeypatch.delenv(name)
@@ -56,7 +56,7 @@ def test_nothing_is_tracked_unless_asked_for(recipe, trackers, tmp_path):
     assert "TENSORBOARD_LOGGING_DIR" not in os.environ
 
 
-def test_a_stopped_stage_goes_on_in_its_run(recipe, trackers, tmp_path, monkeypatch):
+def test_resumed_stage_continues_its_tracked_run(recipe, trackers, tmp_path, monkeypatch):
     recipe = with_settings(recipe, {"report_to": SERVICES})
     with monkeypatch.context() as patch:
         interrupt(patch, "language_model", 5)
@@ -71,9 +71,10 @@ def test_a_stopped_stage_goes_on_in_its_run(recipe, trackers, tmp_path, monkeypa
         assert first.steps(f"{prefix}token_accuracy") == [3, 6, 8]
         assert second.steps(f"{prefix}brier_1") == [8]  # After training, and in the same run.
         assert first.steps("loss" if name == "mlflow" else "train/loss")[0] == 1
-        steps = "recipe.language_model.training.steps" if name == "mlflow" else "recipe"
-        told = second.settings[steps]
-        assert (told if name == "mlflow" else told["language_model"]["training"]["steps"]) == 8
+        if name == "mlflow":
+            assert second.settings["recipe.language_model.training.steps"] == 8
+        else:
+            assert second.settings["recipe"]["language_model"]["training"]["steps"] == 8
         assert first.begun == 1 and second.begun >= 2
     wandb, mlflow, _ = (list(trackers[name].runs.values()) for name in SERVICES)
     assert [run.ends for run in wandb] == [[0], [1, 0]]
@@ -82,20 +83,20 @@ def test_a_stopped_stage_goes_on_in_its_run(recipe, trackers, tmp_path, monkeypa
     assert trackers["mlflow"].experiment == os.environ["WANDB_PROJECT"] == "calm"
 
 
-def test_tensorboard_has_the_recipe_and_the_figures(recipe, tmp_path):
+def test_tensorboard_has_the_recipe_and_the_metrics(recipe, tmp_path):
     recipe = with_settings(recipe, {"report_to": "tensorboard"})
     stages.train(recipe, tmp_path / "run")
     expected = {"autoencoder": ("eval/token_accuracy", [3, 6, 8]), "language_model": ("eval/brier_1", [8])}
-    for stage, (figure, steps) in expected.items():
+    for stage, (metric, steps) in expected.items():
         events = EventAccumulator(str(tmp_path / "run/checkpoints" / stage / "tensorboard"))
         events.Reload()
-        assert [event.step for event in events.Scalars(figure)] == steps
+        assert [event.step for event in events.Scalars(metric)] == steps
         (arguments,) = events.Tensors("args/text_summary")
-        said = json.loads(arguments.tensor_proto.string_val[0])
-        assert said["recipe"]["language_model"]["training"]["steps"] == 8
+        logged = json.loads(arguments.tensor_proto.string_val[0])
+        assert logged["recipe"]["language_model"]["training"]["steps"] == 8
 
 
-def test_settings_of_a_tracker_are_kept(recipe, trackers, tmp_path, monkeypatch):
+def test_environment_settings_of_a_tracker_are_kept(recipe, trackers, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "theirs")
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
     stages.train_autoencoder(with_settings(recipe, {"report_to": SERVICES}), tmp_path / "run")
@@ -112,20 +113,20 @@ def test_a_run_of_the_caller_is_used_and_left_open(recipe, trackers, tmp_path):
         assert run.name == "theirs" and run.logged and not run.ends
 
 
-def test_one_that_cannot_begin_stops_the_run(recipe, trackers, tmp_path, monkeypatch):
+def test_tracker_that_cannot_start_stops_the_run(recipe, trackers, tmp_path, monkeypatch):
     recipe = with_settings(recipe, {"report_to": ["mlflow", "wandb"]})
     monkeypatch.setattr(trackers["wandb"], "fault", RuntimeError("there is no key\n(see elsewhere)"))
-    said = "wandb cannot start a run (there is no key); --resume continues once it can, or without it"
-    with pytest.raises(RunError, match=re.escape(said)):
+    message = "wandb cannot start a run (there is no key); --resume continues once it can, or without it"
+    with pytest.raises(RunError, match=re.escape(message)):
         stages.train(recipe, tmp_path / "run")
-    (begun,) = trackers["mlflow"].runs.values()
-    assert begun.ends == ["FAILED"]
+    (started,) = trackers["mlflow"].runs.values()
+    assert started.ends == ["FAILED"]
     stages.train(with_settings(recipe, {"report_to": []}), tmp_path / "run", resume=True)
     assert read_recipe(str(tmp_path / "run/recipe.yaml")).report_to == []
     assert (tmp_path / "run/model/model.safetensors").is_file()
 
 
-def test_one_that_cannot_end_costs_nothing(recipe, trackers, tmp_path, monkeypatch, caplog):
+def test_tracker_that_cannot_finish_does_not_stop_the_run(recipe, trackers, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(trackers["mlflow"], "end_fault", RuntimeError("the server is gone"))
     stages.train(with_settings(recipe, {"report_to": "mlflow"}), tmp_path / "run")
     assert caplog.text.count("mlflow could not finish its run (the server is gone).") == 2
@@ -139,11 +140,11 @@ def test_a_tracker_that_is_named_twice_has_one_run(recipe, trackers, tmp_path):
     assert run.ends == [0] and run.steps("eval/token_accuracy") == [3, 6, 8]
 
 
-def test_trackers_have_no_part_in_what_a_run_is(recipe):
+def test_trackers_do_not_change_the_digest_of_a_recipe(recipe):
     assert digest_of_recipe(with_settings(recipe, {"report_to": "wandb"})) == digest_of_recipe(recipe)
 
 
-def test_mistakes_change_nothing(recipe, tmp_path, capsys, monkeypatch):
+def test_invalid_trackers_are_refused_before_anything_is_written(recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_recipe(recipe, Path("recipe.yaml"))
     command = ["train", "--recipe", "recipe.yaml", "--output", "run", "--report_to"]
@@ -157,18 +158,18 @@ def test_mistakes_change_nothing(recipe, tmp_path, capsys, monkeypatch):
     assert sorted(path.name for path in Path().iterdir()) == ["recipe.yaml"]
 
 
-def test_a_damaged_note_begins_new_runs(tmp_path):
+def test_damaged_tracker_file_starts_new_runs(tmp_path):
     run = Run(FinetuningRecipe(report_to="wandb"), tmp_path / "qa")
     (tmp_path / "qa/checkpoints").mkdir(parents=True)
-    note = tmp_path / "qa/checkpoints/trackers.json"
-    note.write_text('{"id": "0123abcd"}')
+    file = tmp_path / "qa/checkpoints/trackers.json"
+    file.write_text('{"id": "0123abcd"}')
     assert tracking_of(run).run_name == "qa-0123abcd"
     for damaged in ('{"id": ', "[]", "{}"):
-        note.write_text(damaged)
+        file.write_text(damaged)
         assert tracking_of(run).run_name not in ("qa-0123abcd", "qa-")
 
 
-def test_a_note_of_trackers_is_part_of_a_run_that_is_replaced(recipe, tmp_path):
+def test_overwriting_a_run_replaces_its_tracker_file(recipe, tmp_path):
     recipe = with_settings(recipe, {"report_to": "tensorboard"})
     stages.train_autoencoder(recipe, tmp_path / "run")
     before = (tmp_path / "run/checkpoints/autoencoder/trackers.json").read_text()

@@ -1,4 +1,4 @@
-"""Training a CALM that begins with a Transformer of tokens."""
+"""Training a CALM that starts from a token-level Transformer."""
 
 import json
 from pathlib import Path
@@ -44,26 +44,27 @@ def recipe_for(base: Path, **settings):
     )
 
 
-def test_a_recipe_uptrains_and_a_kill_does_not_matter(base, tmp_path, monkeypatch):
+def test_uptrained_model_generates_and_a_killed_run_resumes(base, tmp_path, monkeypatch):
     recipe = recipe_for(base)
-    whole = stages.train(recipe, tmp_path / "whole")
+    uninterrupted = stages.train(recipe, tmp_path / "uninterrupted")
     resumed = killed_and_resumed(recipe, tmp_path / "run", monkeypatch)
-    weights = [load_file(folder / "model.safetensors") for folder in (whole, resumed)]
+    weights = [load_file(folder / "model.safetensors") for folder in (uninterrupted, resumed)]
     assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(one, weights[1][name]) for name, one in weights[0].items())
-    codes = load_file(tmp_path / "whole/autoencoder/model.safetensors")
-    assert all(torch.equal(one, weights[0][f"autoencoder.{name}"]) for name, one in codes.items())
-    config = json.loads((whole / "config.json").read_text())
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+    codes = load_file(tmp_path / "uninterrupted/autoencoder/model.safetensors")
+    assert all(torch.equal(weight, weights[0][f"autoencoder.{name}"]) for name, weight in codes.items())
+    config = json.loads((uninterrupted / "config.json").read_text())
     assert config["backbone_config"]["num_hidden_layers"] == 2 and config["input_projection"] == "last"
-    model, tokenizer = load_model_and_tokenizer(str(whole))
+    model, tokenizer = load_model_and_tokenizer(str(uninterrupted))
     assert model.config.head.last_layers == 2 and len(tokenizer) == 300
     text = model.generate(torch.tensor([tokenizer("Once upon a time").input_ids]), max_new_tokens=8)
     assert text.shape[1] > 4
 
 
-def test_the_first_step_begins_with_the_weights_of_the_source(base, tmp_path):
-    still = {"language_model.training.optimizer.learning_rate": 0.0}
-    folder = stages.train(recipe_for(base, **still), tmp_path / "still")
+def test_training_starts_from_the_weights_of_the_source(base, tmp_path):
+    """With a learning rate of zero, they are also those that training ends with."""
+    zero_rate = {"language_model.training.optimizer.learning_rate": 0.0}
+    folder = stages.train(recipe_for(base, **zero_rate), tmp_path / "zero_rate")
     after, before = (load_file(path / "model.safetensors") for path in (folder, base / "source"))
     pairs = {
         "backbone.embed_tokens.weight": "model.embed_tokens.weight",
@@ -77,7 +78,7 @@ def test_the_first_step_begins_with_the_weights_of_the_source(base, tmp_path):
 
 
 @pytest.mark.parametrize("sink", [True, False])
-def test_a_recipe_says_whether_there_are_sinks(sink, base):
+def test_recipe_decides_whether_there_are_sinks(sink, base):
     recipe = continuing.with_inherited_parts(recipe_for(base, **{"language_model.uptraining.sink": sink}))
     data = SimpleNamespace(tokenizer=load_tokenizer(str(base / "source")))
     model = continuing.model_to_continue(recipe, data)
@@ -85,8 +86,8 @@ def test_a_recipe_says_whether_there_are_sinks(sink, base):
     assert any("sink" in name for name in model.state_dict()) == sink
 
 
-def test_it_is_made_on_the_processor(base, tmp_path, monkeypatch):
-    """A card has to hold the CALM, and not the source beside it."""
+def test_model_is_made_on_the_cpu(base, tmp_path, monkeypatch):
+    """So that a GPU has to hold only the CALM, and not the source beside it."""
     recipe = continuing.with_inherited_parts(recipe_for(base))
     data = SimpleNamespace(tokenizer=load_tokenizer(str(base / "source")))
     monkeypatch.setattr("calm.models.loading.best_device", lambda: torch.device("meta"))
@@ -108,34 +109,34 @@ def test_the_overview_loads_no_weights(settings, base, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(gguf_is_not_read(), reason="needs transformers 5.23")
-def test_a_gguf_file_is_as_good_as_a_folder(base, tmp_path):
+def test_gguf_file_gives_the_same_weights_as_a_folder(base, tmp_path):
     source = LlamaForCausalLM.from_pretrained(base / "source")
     file = write_gguf(tmp_path / "model.gguf", source, load_tokenizer(str(base / "source")))
     short = {"language_model.training.steps": 2}
     folders = [
-        stages.train(recipe_for(base, **{INIT: str(place)}, **short), tmp_path / name)
-        for name, place in (("folder", base / "source"), ("file", file))
+        stages.train(recipe_for(base, **{INIT: str(source_path)}, **short), tmp_path / name)
+        for name, source_path in (("folder", base / "source"), ("file", file))
     ]
     weights = [load_file(folder / "model.safetensors") for folder in folders]
     assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(one, weights[1][name]) for name, one in weights[0].items())
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
     assert "quantization" not in (folders[1] / "config.json").read_text()
     assert load_model_and_tokenizer(str(folders[1]))[1]("Once").input_ids[0] == source.config.bos_token_id
-    begun = with_settings(
+    recipe = with_settings(
         toy_recipe(base / "text.jsonl", "adamw"),
         {INIT: str(file), "model": "autoregressive", "chunk_size": 1, **short},
     )
-    folder = stages.train(begun, tmp_path / "tokens")
+    folder = stages.train(recipe, tmp_path / "tokens")
     assert "quantization" not in (folder / "config.json").read_text()
 
 
-def losses(run: Path) -> list[float]:
+def losses_of(run: Path) -> list[float]:
     history = json.loads((run / "history.json").read_text())["language_model"]
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-def test_a_sharded_model_whose_scores_are_its_embeddings(base, tmp_path):
-    """The head takes the table itself: processes must have it whole, whatever its layer does."""
+def test_sharded_model_with_tied_embeddings_has_the_same_losses(base, tmp_path):
+    """The head uses the table itself, so each process must gather all of it, whatever its layer does."""
     recipe = recipe_for(
         base,
         **{
@@ -148,8 +149,8 @@ def test_a_sharded_model_whose_scores_are_its_embeddings(base, tmp_path):
     write_recipe(with_settings(recipe, {"language_model.sharded": True}), tmp_path / "recipe.yaml")
     result = launch(2, "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "sharded")
     assert result.returncode == 0, result.stderr[-3000:]
-    assert len(losses(tmp_path / "alone")) == 8
-    assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    assert len(losses_of(tmp_path / "alone")) == 8
+    assert losses_of(tmp_path / "sharded") == pytest.approx(losses_of(tmp_path / "alone"), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -177,37 +178,37 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_does_not_fit_is_refused_before_anything_is_written(changes, message, base, tmp_path, capsys):
+def test_invalid_settings_are_refused_before_anything_is_written(changes, message, base, tmp_path, capsys):
     write_recipe(recipe_for(base, **changes), tmp_path / "recipe.yaml")
-    said = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
-    assert message in said and not (tmp_path / "run").exists()
+    error = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    assert message in error and not (tmp_path / "run").exists()
 
 
-def test_an_autoencoder_is_refused(base, tmp_path, capsys):
+def test_autoencoder_as_the_source_is_refused(base, tmp_path, capsys):
     CalmAutoencoderConfig(vocab_size=300).save_pretrained(tmp_path / "source")
     write_recipe(recipe_for(base, **{INIT: str(tmp_path / "source")}), tmp_path / "recipe.yaml")
-    said = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
-    assert "holds an autoencoder, not a language model" in said and not (tmp_path / "run").exists()
+    error = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    assert "holds an autoencoder, not a language model" in error and not (tmp_path / "run").exists()
 
 
-def test_another_architecture_is_refused_before_anything_is_written(base, tmp_path, capsys):
+def test_unsupported_architecture_of_the_source_is_refused(base, tmp_path, capsys):
     GPT2Config(vocab_size=300).save_pretrained(tmp_path / "source")
     for file in (base / "source").glob("tokenizer*"):
         (tmp_path / "source" / file.name).write_bytes(file.read_bytes())
     recipe = recipe_for(base, **{INIT: str(tmp_path / "source")})
     write_recipe(recipe, tmp_path / "recipe.yaml")
-    said = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
-    assert "'gpt2' cannot be converted to a CALM" in said and not (tmp_path / "run").exists()
+    error = failure(capsys, "train", "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    assert "'gpt2' cannot be converted to a CALM" in error and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "Lion"])
-def test_weights_of_the_source_have_rates_of_their_own(name):
+def test_weights_of_the_source_have_their_own_learning_rate(name):
     settings = OptimizerSettings(name=name, learning_rate=0.1, adamw_learning_rate=0.1, source_rate=0.5)
     model = tiny_model(head_config={"head_type": "decoder"})
     new = {id(model.projection.mix.weight), id(model.head.inject.weight)}
     groups = build_optimizer(model, settings).param_groups
-    rates = {id(one): group["lr"] for group in groups for one in group["params"]}
-    assert len(rates) == sum(one.requires_grad for one in model.parameters())
-    assert all(rate == (0.1 if one in new else 0.05) for one, rate in rates.items())
+    rates = {id(weight): group["lr"] for group in groups for weight in group["params"]}
+    assert len(rates) == sum(weight.requires_grad for weight in model.parameters())
+    assert all(rate == (0.1 if weight in new else 0.05) for weight, rate in rates.items())
     others = tiny_model(head_config={"head_type": "sequential"})
     assert {group["lr"] for group in build_optimizer(others, settings).param_groups} == {0.1}

@@ -45,7 +45,7 @@ def plan(
     _LINKS.require("link", link)
     if vocab_size is not None:
         _VOCABULARIES.require("vocab_size", vocab_size)
-    from calm.planning.pace import Speed
+    from calm.planning.pace import SpeedAssumptions
     from calm.planning.plan import make_plan
     from calm.planning.tables import print_plan
     from calm.report.figures import as_json
@@ -57,7 +57,7 @@ def plan(
     recipe: Recipe | FinetuningRecipe = read_recipe_of(kind_of_recipe(target), target)
     if settings:
         recipe = with_settings(recipe, settings)
-    planned = make_plan(recipe, cards, Speed(utilisation, link * 1e9), vocab_size)
+    planned = make_plan(recipe, cards, SpeedAssumptions(utilisation, link * 1e9), vocab_size)
     if json:
         print(as_json({"recipe": target, **planned.as_figures()}))
         return

@@ -72,6 +72,7 @@ def evaluate(
     from calm.data.options import ReadingOptions
     from calm.data.prepared import held_out_data
     from calm.evaluation.held_out import score_model
+    from calm.models.hyperparameters import chunk_size_of
     from calm.models.loading import load_language_model_and_tokenizer
     from calm.report.figures import as_json, values_of_scorecard
     from calm.report.tables import print_scorecard
@@ -80,7 +81,7 @@ def evaluate(
     settings = _blocks_of(model)
     settings = replace(settings, block_size=context or settings.block_size, layout=layout or settings.layout)
     if protocol == "published":
-        positions = PUBLISHED_POSITIONS * getattr(network.config, "chunk_size", 1)
+        positions = PUBLISHED_POSITIONS * chunk_size_of(network.config)
         settings = BlockSettings(positions, "packed")
     options = ReadingOptions(text_field=text_field, separator=separator, max_document_mb=max_document_mb)
     card = score_model(
@@ -246,6 +247,7 @@ def flops(
     check_thoughts(thoughts=thoughts)
     from calm.flops import Work, cost_of, cost_of_thoughts, teaching_flops
     from calm.hub.gguf import is_gguf
+    from calm.models.hyperparameters import chunk_size_of
     from calm.models.loading import change_head, config_of, load_config
     from calm.models.missing import nearby_models_hint
     from calm.models.shipped import folder_of
@@ -274,7 +276,7 @@ def flops(
         note = vocabulary_note(recipe, vocab_size)
     if head:
         change_head(config, head)
-    size, is_calm = getattr(config, "chunk_size", 1), config.model_type == "calm"
+    size, is_calm = chunk_size_of(config), config.model_type == "calm"
     if draws is None:
         draws = 200 if is_calm and config.head.lowest_temperature == 1 else 1
     cost = cost_of(config, Work(positions, condition_per_draw=published))

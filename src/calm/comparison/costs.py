@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 
 from calm.data.chunking import BlockSettings
 from calm.errors import InputError, reason_of
-from calm.flops import teaching_flops, training_flops
+from calm.flops import training_flops
 from calm.report.measured import Checkpoint
 from calm.storage.disk import read_json
 from calm.training.blocks import block_settings
@@ -135,6 +135,4 @@ def affordable_steps(recipe: Recipe, vocab_size: int, flops: float) -> int:
 
 
 def _flops_per_token(recipe: Recipe, vocab_size: int) -> float:
-    flops = training_flops(model_config(recipe, vocab_size), recipe.data.context)
-    teacher = teacher_config(recipe)
-    return flops if teacher is None else flops + teaching_flops(teacher, recipe.data.context)
+    return training_flops(model_config(recipe, vocab_size), recipe.data.context, teacher_config(recipe))

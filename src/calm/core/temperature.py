@@ -16,7 +16,7 @@ from calm.core.coincidence import find_accepted, sibuya_lifetimes
 from calm.core.pool import Pool, TokenReader
 from calm.core.random import Randomness, select_rows, uniform
 
-Draw = Callable[[int, Tensor], Tensor]
+DrawRows = Callable[[int, Tensor], Tensor]
 """draw(num_draws, rows_R): independent draws for those rows at temperature 1: token ids (N, R, K), or
 states (N, R, X) for a `TokenReader`."""
 
@@ -123,7 +123,7 @@ def distribution_of_pool(
 
 
 def sample_exact(
-    draw: Draw,
+    draw: DrawRows,
     num_rows: int,
     temperature: float,
     *,

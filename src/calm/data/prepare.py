@@ -36,7 +36,7 @@ _TOKEN_BYTES, _FILE_BYTES = 4, 500 * 10**6
 
 def prepare(
     sources: Source | Sequence[Source],
-    output: Path,
+    output: Path | str,
     *,
     options: ReadingOptions | None = None,
     tokenizer: str | None = None,
@@ -75,7 +75,7 @@ def prepare(
         InputError: If a source or setting is invalid, or there is too little text to split.
         RunError: If the disk is full, or a process dies.
     """
-    options, seed = options or ReadingOptions(), as_seed(seed)
+    options, seed, output = options or ReadingOptions(), as_seed(seed), Path(output)
     sources = as_sources(sources)
     names = [name_of(source) for source in sources]
     validation_sources = as_sources(validation_sources)

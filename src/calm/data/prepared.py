@@ -171,16 +171,21 @@ class PreparedData:
         return [(start, text[len(start) :]) for start, text in zip(beginnings, texts, strict=True)]
 
 
-def load_prepared(path: Path) -> PreparedData:
+def load_prepared(path: Path | str, *, verify: bool = True) -> PreparedData:
     """Open a prepared folder.
+
+    Args:
+        path: The folder.
+        verify: Whether to compare all files with their checksums, which reads them.
 
     Raises:
         InputError: If it is not a prepared folder, or is damaged.
     """
+    path = Path(path)
     if not (path / INFO).is_file():
         raise InputError(f"'{path}' is not a prepared folder (it has no {INFO}); run `calm prepare` first.")
     try:
-        problems = find_damage(path)
+        problems = find_damage(path) if verify else []
     except FileNotFoundError:  # Written by an earlier version.
         _check_sizes(path)
     else:

@@ -33,7 +33,7 @@ class ThinkingRow:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """How rows are laid out.
 
     Args:

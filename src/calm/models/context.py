@@ -4,6 +4,7 @@ from transformers import PreTrainedConfig
 
 from calm.errors import InputError
 from calm.models.configuration import CalmConfig
+from calm.models.hyperparameters import chunk_size_of
 
 
 def longest_context(config: PreTrainedConfig) -> int | None:
@@ -34,7 +35,7 @@ def remaining_context(config: PreTrainedConfig, num_tokens: int) -> int | None:
     longest = longest_context(config)
     if longest is None:
         return None
-    chunk_size = config.chunk_size if isinstance(config, CalmConfig) else 1
+    chunk_size = chunk_size_of(config)
     return max(0, longest - -(-num_tokens // chunk_size) * chunk_size)
 
 

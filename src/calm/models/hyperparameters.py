@@ -127,3 +127,11 @@ INPUT_RANGES = {"embedding_initializer_range": _NOT_NEGATIVE}
 def values_of(kind: type, settings: Any) -> dict[str, Any]:
     """Values of `settings` for the fields of a dataclass that they extend."""
     return {field.name: getattr(settings, field.name) for field in fields(kind)}
+
+
+def chunk_size_of(config: Any) -> int:
+    """Tokens per chunk K of a CALM or an autoencoder; 1 for a token-level model.
+
+    Other architectures may have a `chunk_size` of another meaning, as state space models do.
+    """
+    return config.chunk_size if config.model_type in ("calm", "calm_autoencoder") else 1

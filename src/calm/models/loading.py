@@ -55,7 +55,7 @@ THOUGHTS = "thoughts.json"
 _CLASSES: dict[str | None, type[PreTrainedModel]] = {"calm": CalmForCausalLM, "llama": LlamaForCausalLM}
 
 
-def load_autoencoder(path: Path) -> CalmAutoencoder:
+def load_autoencoder(path: Path | str) -> CalmAutoencoder:
     """Load an autoencoder from its own folder or from the folder of a model that contains it.
 
     Raises:
@@ -98,7 +98,9 @@ def load_model(name: str, **kwargs: Any) -> CalmForCausalLM:
     return _load(CalmForCausalLM, name, **kwargs)
 
 
-def load_model_and_tokenizer(name: str, **kwargs: Any) -> tuple[CalmForCausalLM, PreTrainedTokenizerBase]:
+def load_model_and_tokenizer(
+    name: str | Path, **kwargs: Any
+) -> tuple[CalmForCausalLM, PreTrainedTokenizerBase]:
     """Load a CALM onto this machine's best device, with its tokenizer.
 
     Raises:
@@ -112,7 +114,7 @@ def load_model_and_tokenizer(name: str, **kwargs: Any) -> tuple[CalmForCausalLM,
 
 
 def load_language_model_and_tokenizer(
-    name: str, head: dict[str, Any] | None = None, **kwargs: Any
+    name: str | Path, head: dict[str, Any] | None = None, **kwargs: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a CALM or any causal language model of transformers, with its tokenizer.
 
@@ -125,7 +127,7 @@ def load_language_model_and_tokenizer(
         InputError: If either is missing or damaged, the tokenizer has no EOS or more tokens than the model,
             or the head does not allow the changes.
     """
-    name = resolve_name(name)
+    name = resolve_name(str(name))
     if is_adapter(Path(name)):
         model = _load_with_adapters(Path(name), **kwargs)
         return _prepare(*_with_tokenizer(model, name), name, head)
@@ -273,7 +275,7 @@ def config_of(name: str) -> PreTrainedConfig:
 
 def _load_error(name: str, error: Exception) -> InputError:
     if Path(name).exists():
-        return InputError(f"cannot load '{name}': it is damaged ({reason_of(error)}).")
+        return InputError(f"cannot load '{name}': it is damaged, or not supported ({reason_of(error)}).")
     return InputError(not_loaded_from_hub(name, reason_of(error)))
 
 

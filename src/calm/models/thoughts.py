@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from calm.errors import shown
 from calm.models.caches import CACHE
+from calm.models.hyperparameters import chunk_size_of
 from calm.ranges import NUM_THOUGHTS, Range
 
 logger = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ def thoughts_for(config: PreTrainedConfig, number: int | None, *, warns: bool = 
 
 def num_tokens_of(thoughts: Thoughts | None, config: PreTrainedConfig) -> int:
     """Tokens of context that thoughts take up, markers included."""
-    return 0 if thoughts is None else len(thoughts.tokens(getattr(config, "chunk_size", 1)))
+    return 0 if thoughts is None else len(thoughts.tokens(chunk_size_of(config)))
 
 
 def num_at_once(is_thought_C: Tensor) -> int:

@@ -10,7 +10,7 @@ COMPUTE, COMMUNICATION, OPTIMIZER = "compute", "communication", "optimizer"
 
 
 @dataclass(frozen=True)
-class Speed:
+class SpeedAssumptions:
     """Assumptions about the machine.
 
     Args:
@@ -69,7 +69,7 @@ class Pace:
         return self.watts * self.total_seconds / 3.6e6
 
 
-def pace_of(footprint: Footprint, sharing: Sharing, devices: Devices, speed: Speed) -> Pace:
+def pace_of(footprint: Footprint, sharing: Sharing, devices: Devices, speed: SpeedAssumptions) -> Pace:
     """The cost of a stage's steps.
 
     Args:

@@ -5,7 +5,7 @@ from typing import Any
 
 from calm.planning.devices import Devices
 from calm.planning.memory import Footprint, Parts, Sharing, largest_that_fits
-from calm.planning.pace import Pace, Speed, pace_of
+from calm.planning.pace import Pace, SpeedAssumptions, pace_of
 from calm.planning.serving import Serving, serving_of
 from calm.planning.stages import PlannedStage, stages_of
 from calm.training.finetuning_recipe import FinetuningRecipe
@@ -74,7 +74,7 @@ class Plan:
     """
 
     devices: Devices
-    speed: Speed
+    speed: SpeedAssumptions
     stages: list[StagePlan]
     serving: Serving
 
@@ -139,7 +139,10 @@ def _figures_of_option(option: SharingPlan) -> dict[str, Any]:
 
 
 def make_plan(
-    recipe: Recipe | FinetuningRecipe, devices: Devices, speed: Speed, vocab_size: int | None = None
+    recipe: Recipe | FinetuningRecipe,
+    devices: Devices,
+    speed: SpeedAssumptions,
+    vocab_size: int | None = None,
 ) -> Plan:
     """Plan a recipe.
 
@@ -157,7 +160,7 @@ def make_plan(
     return Plan(devices, speed, planned, serving_of(stages[-1].config, devices.device))
 
 
-def _plan_stage(stage: PlannedStage, devices: Devices, speed: Speed) -> StagePlan:
+def _plan_stage(stage: PlannedStage, devices: Devices, speed: SpeedAssumptions) -> StagePlan:
     count, settings, footprint = devices.count, stage.settings, Footprint(stage)
     blocks, passes = settings.batches(stage.context, count)
     sharing: Sharing = "one process" if count == 1 else "FSDP" if stage.is_sharded else "DDP"
@@ -180,7 +183,9 @@ def _sharings(stage: PlannedStage, count: int) -> list[Sharing]:
     return ["DDP", "FSDP"] if stage.can_be_sharded else ["DDP"]
 
 
-def _plan_sharing(footprint: Footprint, sharing: Sharing, devices: Devices, speed: Speed) -> SharingPlan:
+def _plan_sharing(
+    footprint: Footprint, sharing: Sharing, devices: Devices, speed: SpeedAssumptions
+) -> SharingPlan:
     stage, usable = footprint.stage, devices.device.usable
     blocks, passes = stage.settings.batches(stage.context, devices.count)
     share = blocks * passes

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from calm.flops import Work, cost_of
 from calm.models.caches import CACHE
 from calm.models.configuration import CalmConfig
+from calm.models.hyperparameters import chunk_size_of
 from calm.planning.devices import Device
 from calm.planning.memory import bytes_of, has_tied_scores
 
@@ -72,7 +73,7 @@ def serving_of(config: PreTrainedConfig, device: Device) -> Serving:
     Raises:
         InputError: If its FLOPs are not known.
     """
-    size = getattr(config, "chunk_size", 1)
+    size = chunk_size_of(config)
     is_calm = isinstance(config, CalmConfig)
     backbone: Any = config.backbone if is_calm else config
     context = backbone.max_position_embeddings * size

@@ -22,6 +22,7 @@ from calm.data.chunking import check_block_size
 from calm.errors import InputError, reason_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.configuration import CalmConfig
+from calm.models.hyperparameters import chunk_size_of
 from calm.models.loading import load_config
 from calm.models.missing import check_model_exists
 from calm.models.shipped import folder_of
@@ -85,7 +86,7 @@ class PlannedStage:
     @property
     def chunk_size(self) -> int:
         """Tokens per position."""
-        return getattr(self.config, "chunk_size", 1)
+        return chunk_size_of(self.config)
 
     def batch(self, blocks: int) -> dict[str, Any]:
         """The network's inputs in training: a batch of blocks in which every chunk is a target.
@@ -181,7 +182,7 @@ def _finetuning(recipe: FinetuningRecipe, devices: int) -> PlannedStage:
     check_model_exists(recipe.model)
     network = network_of(load_config(Path(folder_of(recipe.model))))
     context = recipe.examples.context
-    check_block_size(context, getattr(network.config, "chunk_size", 1))
+    check_block_size(context, chunk_size_of(network.config))
     settings = _resolved(recipe.training, "training", context, devices)
     adapted = None
     if recipe.lora.rank:

@@ -1,18 +1,37 @@
 """A stage of training, and its arguments for the Hugging Face Trainer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from calm.training.processes import processes
 from calm.training.recipe import TrainingSettings
 from calm.training.sharding import shard_on_cpu_as_well, sharding_arguments
 from calm.training.teacher import Teacher
 from calm.training.trackers import Tracking
+
+Score = Callable[[PreTrainedModel, datasets.Dataset], dict[str, float]]
+"""Scores of a network on held-out blocks, by name."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a user adds to the training of a model.
+
+    Args:
+        callbacks: Callbacks of transformers' Trainer. They see the model while it trains, but their own state
+            is not part of a checkpoint.
+        scores: Functions that take the model and the held-out blocks at each evaluation, and return scores by
+            name. They are logged and recorded beside the package's own.
+    """
+
+    callbacks: Sequence[TrainerCallback] = ()
+    scores: Sequence[Score] = ()
 
 
 @dataclass(frozen=True)
@@ -28,6 +47,7 @@ class TrainingStage:
         is_last: Whether it is the run's last stage, which more steps extend.
         tracking: Its experiment trackers.
         teacher: The teacher, if there is one.
+        hooks: What the user adds.
     """
 
     name: str
@@ -38,6 +58,7 @@ class TrainingStage:
     is_last: bool = False
     tracking: Tracking = field(default_factory=Tracking)
     teacher: Teacher | None = None
+    hooks: Hooks = Hooks()
 
 
 class RecipeArguments(TrainingArguments):

@@ -1,5 +1,7 @@
 """Mistakes in a recipe, found before any work is done."""
 
+import logging
+
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -13,10 +15,13 @@ from calm.training.finetuning_recipe import FinetuningRecipe
 from calm.training.optimizers import check_optimizer
 from calm.training.probing import check_attention, check_compiler, check_memory
 from calm.training.ranges import check_ranges
-from calm.training.recipe import Recipe, TrainingSettings
+from calm.training.recipe import OptimizerSettings, Recipe, TrainingSettings
 from calm.training.recipe_files import check_types
 from calm.training.teacher import check_teacher
 from calm.training.trackers import check_trackers
+
+logger = logging.getLogger(__name__)
+_HIGHEST_ADAMW_RATE = 0.01
 
 
 def check_recipe(recipe: Recipe, num_processes: int = 1) -> None:
@@ -120,10 +125,22 @@ def check_steps(training: TrainingSettings, name: str, context: int, num_process
         InputError: If a value is out of range, or the optimizer is unknown or does not accept its settings.
     """
     check_optimizer(training.optimizer)
+    _warn_of_muon_rate(training.optimizer, name)
     try:
         training.batches(context, num_processes)
     except InputError as error:
         raise InputError(f"{name}.{error}") from error
+
+
+def _warn_of_muon_rate(settings: OptimizerSettings, name: str) -> None:
+    """Warn if AdamW has Muon's learning rate: choosing another optimizer alone keeps the recipe's rate."""
+    if settings.name == "adamw" and settings.learning_rate > _HIGHEST_ADAMW_RATE:
+        logger.warning(
+            "%s.optimizer is adamw with a learning rate of %g, which suits muon; recipes with adamw have "
+            "3e-4 to 5e-4.",
+            name,
+            settings.learning_rate,
+        )
 
 
 def check_chunk_size(recipe: Recipe) -> None:

@@ -13,11 +13,12 @@ output/
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from calm.data.chunking import check_block_size
 from calm.data.examples import Example, lay_out, read_examples, set_chat_template, split_examples
@@ -31,7 +32,7 @@ from calm.models.thoughts import unlearn_thoughts
 from calm.storage.disk import write_atomically
 from calm.text.decoding import decode_after
 from calm.training.adapters import check_adapters, merge_adapters, with_adapters
-from calm.training.arguments import TrainingStage
+from calm.training.arguments import Hooks, Score, TrainingStage
 from calm.training.blocks import Blocks
 from calm.training.check import check_finetuning_recipe
 from calm.training.finetuning_recipe import FinetuningRecipe
@@ -49,7 +50,13 @@ ANSWERS, COUNTS = "answers.jsonl", "examples.json"
 
 
 def finetune(
-    recipe: FinetuningRecipe, output: Path, *, resume: bool = False, overwrite: bool = False
+    recipe: FinetuningRecipe,
+    output: Path | str,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    scores: Sequence[Score] = (),
 ) -> Path:
     """Fine-tune a model on examples; parts of the run that are finished are skipped.
 
@@ -58,6 +65,9 @@ def finetune(
         output: Folder of the run; see the layout at the top of this file.
         resume: Whether to resume the run in that folder.
         overwrite: Whether to replace the contents of that folder.
+        callbacks: Callbacks of transformers' Trainer.
+        scores: Functions (model, held-out blocks) -> scores by name, which are logged and recorded beside the
+            package's own at each evaluation.
 
     Returns:
         The model folder.
@@ -67,6 +77,7 @@ def finetune(
         RunError: If the run cannot continue; see `ChunkTrainer.train_or_resume`.
     """
     check_finetuning_recipe(recipe, processes().num_processes)
+    output = Path(output)
     recipe = with_precision(recipe, output, resume)
     run = Run(recipe, output, resume, overwrite)
     with run.locked(_input_paths(recipe)):
@@ -84,7 +95,7 @@ def finetune(
         processes().wait_for_everyone()
         if not run.has_model("model"):
             _report_counts(run, counts)
-            _train(run, model, tokenizer, blocks, held_out, thinking)
+            _train(run, model, tokenizer, blocks, held_out, thinking, Hooks(callbacks, scores))
     return output / "model"
 
 
@@ -155,6 +166,7 @@ def _train(
     blocks: Blocks,
     held_out: list[Example],
     thinking: ThoughtTraining | None,
+    hooks: Hooks,
 ) -> None:
     recipe, settings = run.recipe, run.recipe.training
     to_answer = held_out[: recipe.answers.number]
@@ -185,7 +197,9 @@ def _train(
     set_seed(recipe.seed)
     adapted = with_adapters(model, recipe.lora, recipe.model) if recipe.lora.rank else None
     folder, tracking = run.folder / "checkpoints", tracking_of(run)
-    stage = TrainingStage("model", settings, folder, recipe.seed, is_last=True, tracking=tracking)
+    stage = TrainingStage(
+        "model", settings, folder, recipe.seed, is_last=True, tracking=tracking, hooks=hooks
+    )
     trainer = ChunkTrainer(model, blocks, score, stage, adapted)
     if thinking is not None:
         trained = model if adapted is None else adapted

@@ -45,7 +45,7 @@ def open_run(run: Run[Recipe]) -> Iterator[PreparedData]:
         if group.is_main_process:
             _set_up(run)
         group.wait_for_everyone()
-        yield load_prepared(data_folder(recipe, run.folder))
+        yield load_prepared(data_folder(recipe, run.folder), verify=False)  # The main process has.
 
 
 def _set_up(run: Run[Recipe]) -> None:

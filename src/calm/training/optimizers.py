@@ -76,12 +76,31 @@ def _scale_source_rates(
     optimizer.param_groups[:] = groups
 
 
+class _StandIn(nn.Linear):
+    """A small network to build optimizers for before there is a model."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            raise _NeedsModelError(str(error)) from error
+
+
+class _NeedsModelError(AttributeError):
+    """An optimizer asks for a part of a network that only a real model has, such as its head."""
+
+
 def check_optimizer(settings: OptimizerSettings) -> None:
-    """Raise InputError if the optimizer of a recipe is unknown, or does not accept its settings."""
+    """Raise InputError if the optimizer of a recipe is unknown, or does not accept its settings.
+
+    An optimizer that needs the real model cannot be checked before there is one.
+    """
     try:
-        build_optimizer(nn.Linear(2, 2), settings)
+        build_optimizer(_StandIn(2, 2), settings)
     except InputError:
         raise
+    except _NeedsModelError:
+        return
     except Exception as error:  # Each class rejects settings in its own way.
         raise InputError(
             f"the optimizer '{settings.name}' does not accept its settings ({reason_of(error)})."

@@ -10,12 +10,12 @@ import torch
 from transformers import PreTrainedConfig, TrainerCallback
 
 from calm.errors import InputError
-from calm.flops import teaching_flops, training_flops
+from calm.flops import training_flops
 from calm.hardware import matrix_rate
 from calm.training.teacher import Teacher
 
 
-class Speed(TrainerCallback):
+class SpeedMeter(TrainerCallback):
     """Measures tokens per second and utilization since the last reading, and peak memory so far.
 
     Args:
@@ -71,10 +71,9 @@ def known_training_flops(
 ) -> float | None:
     """`calm.flops.training_flops`, plus those of a teacher; None if unknown."""
     try:
-        flops = training_flops(config, context)
+        return training_flops(config, context, None if teacher is None else teacher.network.config)
     except InputError:
         return None
-    return flops if teacher is None else flops + teaching_flops(teacher.network.config, context)
 
 
 def _peak_memory(device: torch.device) -> float | None:

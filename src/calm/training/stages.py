@@ -15,10 +15,11 @@ An autoregressive model has no autoencoder; the rest is the same.
 A stage is finished when its model's folder exists, so a run that was killed resumes where it stopped.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from calm.data.prepared import PreparedData
 from calm.evaluation.held_out import score_brier, score_perplexity, score_reconstruction
@@ -26,7 +27,7 @@ from calm.evaluation.scorers import scorer_of
 from calm.models.autoencoder import CalmAutoencoder
 from calm.models.language_model import language_model
 from calm.models.loading import load_autoencoder
-from calm.training.arguments import TrainingStage
+from calm.training.arguments import Hooks, Score, TrainingStage
 from calm.training.blocks import Blocks, blocks_of
 from calm.training.build import language_model_of, new_autoencoder
 from calm.training.continuing import with_inherited_parts
@@ -39,10 +40,18 @@ from calm.training.recipe import Recipe
 from calm.training.runs import Run
 from calm.training.teacher import teacher_facts, teacher_of
 from calm.training.trackers import tracking_of
-from calm.training.trainer import ChunkTrainer, Score
+from calm.training.trainer import ChunkTrainer
 
 
-def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool = False) -> Path:
+def train(
+    recipe: Recipe,
+    output: Path | str,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    scores: Sequence[Score] = (),
+) -> Path:
     """Run the unfinished stages of a recipe.
 
     Args:
@@ -50,6 +59,9 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool
         output: Folder of the run; see the layout at the top of this file.
         resume: Whether to resume the run in that folder.
         overwrite: Whether to replace the contents of that folder.
+        callbacks: Callbacks of transformers' Trainer, for the language model.
+        scores: Functions (model, held-out blocks) -> scores by name, which are logged and recorded beside the
+            package's own at each evaluation of the language model.
 
     Returns:
         The model folder.
@@ -58,7 +70,7 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool
         InputError: If a setting or the folder is not valid.
         RunError: If the run cannot continue; see `ChunkTrainer.train_or_resume`.
     """
-    recipe = with_inherited_parts(recipe)
+    recipe, output = with_inherited_parts(recipe), Path(output)
     run = Run(with_precision(recipe, output, resume), output, resume, overwrite)
     recipe = run.recipe
     with open_run(run) as data:
@@ -66,7 +78,9 @@ def train(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool
         if recipe.model == "calm":
             _finish_autoencoder(run, data)
         if not run.has_model("model"):
-            run.save_model("model", _train_language_model(run, data), data.tokenizer)
+            run.save_model(
+                "model", _train_language_model(run, data, Hooks(callbacks, scores)), data.tokenizer
+            )
     return output / "model"
 
 
@@ -114,7 +128,7 @@ def _train_autoencoder(run: Run[Recipe], data: PreparedData) -> PreTrainedModel:
     return _run_stage(run, autoencoder, blocks, score, stage)
 
 
-def _train_language_model(run: Run[Recipe], data: PreparedData) -> PreTrainedModel:
+def _train_language_model(run: Run[Recipe], data: PreparedData, hooks: Hooks) -> PreTrainedModel:
     recipe, settings = run.recipe, run.recipe.language_model.training
     autoencoder = load_autoencoder(run.folder / "autoencoder") if recipe.model == "calm" else None
     model = language_model_of(recipe, data, autoencoder)
@@ -140,6 +154,7 @@ def _train_language_model(run: Run[Recipe], data: PreparedData) -> PreTrainedMod
         is_last=True,
         tracking=tracking,
         teacher=teacher,
+        hooks=hooks,
     )
     trained = _run_stage(run, model, blocks, score, stage)
     trained.config.use_cache = True  # The Trainer turns it off, and that would be saved.

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from calm.data.examples import Example
-from calm.data.reasoning import Layout, ThinkingRow
+from calm.data.reasoning import RowLayout, ThinkingRow
 from calm.errors import InputError
 from calm.models.context import longest_context
 from calm.models.language_model import language_model
@@ -37,7 +37,7 @@ class ThoughtTraining:
     """
 
     curriculum: Curriculum
-    layout: Layout
+    layout: RowLayout
     thoughts: Thoughts | None
     has_noise: bool
     stage: ThoughtStage
@@ -133,7 +133,7 @@ def thinking_of(
         raise InputError(
             f"examples.context is {context}, but the model's context is {longest} tokens; set it lower."
         )
-    layout = Layout(view.chunk_size, context, tokenizer.pad_token_id, THOUGHT)
+    layout = RowLayout(view.chunk_size, context, tokenizer.pad_token_id, THOUGHT)
     thoughts = None if settings.mode == "drop" else _thoughts(settings, model, tokenizer)
     curriculum = Curriculum.of(settings, recipe.training.steps)
     labels = settings.per_step if settings.supervised and thoughts is not None else 0

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
@@ -17,7 +16,7 @@ from calm.errors import InputError, NotFiniteError, RunError, Terminated, reason
 from calm.hardware import fast_float32, width_of
 from calm.models.language_model import language_model
 from calm.storage.disk import disk_errors
-from calm.training.arguments import TrainingStage, training_arguments
+from calm.training.arguments import Score, TrainingStage, training_arguments
 from calm.training.batches import (
     NUMBERS,
     ChunkNetwork,
@@ -37,11 +36,10 @@ from calm.training.optimizers import build_optimizer, build_scheduler, follow_sc
 from calm.training.processes import processes
 from calm.training.progress import StageProgress
 from calm.training.sharding import KeepTiedEmbedding, check_checkpoint, keep_autocast, unsharded_copy
-from calm.training.speed import Speed, known_training_flops
+from calm.training.speed import SpeedMeter, known_training_flops
 from calm.training.trackers import tracked
 
 logger = logging.getLogger(__name__)
-Score = Callable[[PreTrainedModel, datasets.Dataset], dict[str, float]]
 
 
 class ChunkTrainer(Trainer):
@@ -81,7 +79,7 @@ class ChunkTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self._progress = StageProgress(stage.name)
         self.add_callback(self._progress)
-        self._speed = Speed(
+        self._speed = SpeedMeter(
             settings.batch_tokens // self.args.world_size,
             known_training_flops(model.config, blocks.context, stage.teacher),
             self.args.device,
@@ -96,6 +94,8 @@ class ChunkTrainer(Trainer):
         self._sigterm = StopOnSignal()
         self.add_callback(self._sigterm)
         self.add_callback(KeepTiedEmbedding())
+        for callback in stage.hooks.callbacks:
+            self.add_callback(callback)
         if stage.teacher is not None:
             torch.nn.Module.to(stage.teacher.network, self.args.device)
 
@@ -254,7 +254,7 @@ class ChunkTrainer(Trainer):
         self._network.eval()
         with self._speed.pause():
             try:
-                scores = self.score(self.unsharded_network(), self.eval_dataset)
+                scores = self._scores(self.unsharded_network())
             except NotFiniteError as error:  # Otherwise the next step's loss would be the first to show it.
                 step = self.state.global_step
                 raise diverged(f"the model's output after step {step}", self._resume_hint()) from error
@@ -263,6 +263,16 @@ class ChunkTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _scores(self, network: PreTrainedModel) -> dict[str, float]:
+        """The scores of a model on held-out text, and those that the user adds."""
+        scores = dict(self.score(network, self.eval_dataset))
+        for score in self._stage.hooks.scores:
+            added = score(network, self.eval_dataset)
+            if taken := scores.keys() & added.keys():
+                raise ValueError(f"there is a score '{min(taken)}' already: give yours another name.")
+            scores |= added
+        return scores
 
     # Checkpoints.
 

@@ -1,4 +1,4 @@
-"""Drafts, read on in K alignments, against reading the whole text anew."""
+"""Drafts of a growing text, which is read on in K alignments, against those of a fresh drafter."""
 
 import pytest
 import torch
@@ -16,8 +16,8 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def texts_of(lengths):
-    """A text that grows by so many tokens each time."""
+def growing_text(lengths):
+    """Yield a text that grows by these numbers of tokens."""
     generator, text = seeded(5), [BOS]
     for length in lengths:
         yield list(text)
@@ -27,31 +27,31 @@ def texts_of(lengths):
 @pytest.mark.parametrize("head_type", HEADS)
 @pytest.mark.parametrize("chunk_size", [1, 2, 4])
 @pytest.mark.parametrize("num_chunks", [1, 3])
-def test_drafts_are_those_of_a_new_reader_however_the_text_grows(head_type, chunk_size, num_chunks):
-    # By one token, by more than a chunk, by so many that they are read in one pass.
+def test_drafts_of_a_growing_text_match_those_of_a_fresh_drafter(head_type, chunk_size, num_chunks):
+    # It grows by one token, by more than a chunk, and by so many that they are read in one pass.
     model = drafting_model(head_type, chunk_size, backbone_config={"max_position_embeddings": 128})
     drafter = ChunkDrafter(model, num_chunks=num_chunks)
-    for text in texts_of([1, 1, 2, 3, 1, 4, 5, 1, 24, 1, 1, 1, 1, 2]):
+    for text in growing_text([1, 1, 2, 3, 1, 4, 5, 1, 24, 1, 1, 1, 1, 2]):
         draft = drafter.draft(text, 99, seeded())
-        anew = ChunkDrafter(model, num_chunks=num_chunks).draft(text, 99, seeded())
-        assert draft.branches == anew.branches
+        fresh = ChunkDrafter(model, num_chunks=num_chunks).draft(text, 99, seeded())
+        assert draft.branches == fresh.branches
         assert draft.branches.is_line
         assert len(draft.branches) == chunk_size * num_chunks or draft.branches.tokens_G[-1] == EOS
         if head_type in ("sequential", "classes"):
             last = len(draft.branches) - 2
-            assert_close(draft.distribution_at(last), anew.distribution_at(last), rtol=1e-9, atol=1e-12)
+            assert_close(draft.distribution_at(last), fresh.distribution_at(last), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("length", [1, 4, 5, 7])
-def test_a_draft_is_what_generate_would_write(length):
+def test_greedy_draft_matches_generate(length):
     model = drafting_model()
-    text = list(texts_of([length, 1]))[1]
+    text = list(growing_text([length, 1]))[1]
     tokens = ChunkDrafter(model, temperature=0.0, num_chunks=2).draft(text, 99).branches.tokens_G
-    written = model.generate(torch.tensor([text]), max_new_tokens=8, temperature=0.0, seed=0)
-    assert tokens == written[0, len(text) :].tolist()[: len(tokens)]
+    generated = model.generate(torch.tensor([text]), max_new_tokens=8, temperature=0.0, seed=0)
+    assert tokens == generated[0, len(text) :].tolist()[: len(tokens)]
 
 
-def test_heads_without_probabilities_tell_none():
+def test_energy_heads_and_greedy_drafts_report_no_distribution():
     for head_type, temperature in (("energy", 1.0), ("energy", 0.0), ("sequential", 0.0)):
         draft = ChunkDrafter(drafting_model(head_type), temperature).draft([BOS], 4, seeded())
         assert draft.distribution_at is None
@@ -59,19 +59,19 @@ def test_heads_without_probabilities_tell_none():
 
 @pytest.mark.parametrize("temperature", [0.0, 0.005, 0.02, 0.3, 0.999, 1.0, 1.7])
 @pytest.mark.parametrize("head_type", HEADS)
-def test_any_temperature_can_be_drafted_for(head_type, temperature):
+def test_drafts_at_any_temperature(head_type, temperature):
     draft = ChunkDrafter(drafting_model(head_type), temperature).draft([BOS, 5, 6], 4, seeded())
     assert 1 <= len(draft.branches) <= 4
 
 
-def test_no_more_than_asked_for():
+def test_drafts_respect_the_maximum_length():
     drafter = ChunkDrafter(drafting_model(), num_chunks=3)
-    for most in range(6):
-        draft = drafter.draft([BOS, 5, 6], most, seeded())
-        assert len(draft.branches) <= most
+    for max_length in range(6):
+        draft = drafter.draft([BOS, 5, 6], max_length, seeded())
+        assert len(draft.branches) <= max_length
 
 
-def test_a_draft_ends_with_the_text():
+def test_draft_stops_at_eos():
     model = drafting_model()
     with torch.no_grad():
         model.head.scores.bias[EOS] = 100.0
@@ -79,8 +79,8 @@ def test_a_draft_ends_with_the_text():
     assert list(draft.branches.tokens_G) == [EOS]
 
 
-def test_where_the_context_is_full_nothing_is_drafted():
-    model = drafting_model()  # 64 chunks of four.
+def test_nothing_is_drafted_once_the_context_is_full():
+    model = drafting_model()  # Its context is 64 chunks of 4 tokens.
     text = [BOS] + [5] * 259
     assert ChunkDrafter(model).draft(text[:255], 4, seeded()).branches.tokens_G
     assert not ChunkDrafter(model, num_chunks=2).draft(text[:255], 8, seeded()).branches.tokens_G

@@ -1,4 +1,4 @@
-"""Drafts that are copied from the text, against a search from its end."""
+"""Prompt lookup: drafts copied from the text, against a search from its end."""
 
 import pytest
 import torch
@@ -12,80 +12,80 @@ from calm.models.drafting.text import DraftedText
 pytestmark = pytest.mark.usefixtures("norms_in_double_precision")
 
 
-def searched(text, length, most):
-    """What followed the last place where the end of the text stood before."""
+def search_from_the_end(text, length, max_length):
+    """What followed the latest earlier occurrence of the last `length` tokens."""
     for end in range(len(text) - 1, length - 1, -1):
         if text[end - length : end] == text[-length:]:
-            again = text[end:] * INITIAL_LENGTH
-            return again[: min(most, INITIAL_LENGTH)]
+            repeated = text[end:] * INITIAL_LENGTH
+            return repeated[: min(max_length, INITIAL_LENGTH)]
     return []
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
-def test_the_last_such_place_is_found_however_the_text_grows(length):
-    generator, lookup, text, found = torch.Generator().manual_seed(length), Lookup(length), [], 0
+def test_latest_occurrence_is_found_in_a_growing_text(length):
+    generator, lookup, text, num_found = torch.Generator().manual_seed(length), Lookup(length), [], 0
     for _ in range(200):
         text += torch.randint(
             4, (int(torch.randint(1, 4, (1,), generator=generator)),), generator=generator
         ).tolist()
-        most = int(torch.randint(1, 14, (1,), generator=generator))
-        expected = searched(text, length, most) if len(text) >= length else []
-        assert list(lookup.draft(text, most)) == expected
-        found += bool(expected)
-    assert found > 100
+        max_length = int(torch.randint(1, 14, (1,), generator=generator))
+        expected = search_from_the_end(text, length, max_length) if len(text) >= length else []
+        assert list(lookup.draft(text, max_length)) == expected
+        num_found += bool(expected)
+    assert num_found > 100
 
 
-def test_what_repeats_itself_is_copied_again_and_again():
+def test_repetition_is_continued_to_the_full_length():
     assert Lookup(2).draft([1, 2, 3, 1, 2], 8) == [3, 1, 2, 3, 1, 2, 3, 1]
     assert Lookup(1).draft([4, 4], 3) == [4, 4, 4]
 
 
-def test_copies_grow_for_as_long_as_they_are_kept_whole():
+def test_copies_double_in_length_while_fully_accepted():
     lookup, text, lengths = Lookup(2), [1, 2, 3, 1, 2], []
-    for number in range(7):
+    for index in range(7):
         copied = list(lookup.draft(text, 99))
         lengths.append(len(copied))
-        text += copied if number != 4 else copied[:5]  # The fifth is not.
+        text += copied if index != 4 else copied[:5]  # The fifth is accepted in part.
         text.append(text[-3])
     first, last = INITIAL_LENGTH, MAX_LENGTH
     assert lengths == [first, 2 * first, last, last, last, first, 2 * first]
 
 
-def test_nothing_is_found_where_nothing_is_asked_for():
+def test_nothing_is_copied_if_disabled_or_without_an_occurrence():
     assert Lookup(0).draft([1, 1, 1, 1], 5) == ()
     assert Lookup(3).draft([1, 2], 5) == ()
     assert Lookup(2).draft([1, 2, 3, 4], 5) == ()
 
 
-def test_a_text_that_repeats_itself_takes_fewer_passes_and_stays_the_same():
+def test_repetitive_text_takes_fewer_rounds_and_stays_the_same():
     model, draft = deciding_model(), drafting_model()
-    how = {"max_new_tokens": 60, "do_sample": False, "return_dict_in_generate": True}
+    settings = {"max_new_tokens": 60, "do_sample": False, "return_dict_in_generate": True}
     rounds = {}
     for lookup in (0, 2):
         rounds[lookup] = 0
         for prompt in ([1, 5, 6, 7, 8, 5, 6, 7], [1, 9], [1, 4, 4, 4]):
             prompt_1T = torch.tensor([prompt])
-            output = model.generate(prompt_1T, custom_generate=Drafting(draft, lookup=lookup), **how)
-            alone = model.generate(prompt_1T, max_new_tokens=60, do_sample=False)
-            assert output.sequences.tolist() == alone.tolist()
+            output = model.generate(prompt_1T, custom_generate=Drafting(draft, lookup=lookup), **settings)
+            undrafted = model.generate(prompt_1T, max_new_tokens=60, do_sample=False)
+            assert output.sequences.tolist() == undrafted.tolist()
             rounds[lookup] += output.num_rounds
     assert rounds[2] < 0.9 * rounds[0]
 
 
-def test_copied_drafts_leave_the_distribution_as_it_is():
+def test_copied_drafts_do_not_change_the_distribution():
     model, draft = deciding_model(5), drafting_model(chunk_size=2, vocab_size=5)
-    prompt, generator, texts, copied = [1, 3, 4, 3, 4, 3], torch.Generator().manual_seed(0), [], 0
+    prompt, generator, texts, num_copied = [1, 3, 4, 3, 4, 3], torch.Generator().manual_seed(0), [], 0
     for _ in range(700):
         drafter = ChunkDrafter(draft, lookup=2)
-        copied += drafter.draft(prompt, 2, generator).distribution_at is None
+        num_copied += drafter.draft(prompt, 2, generator).distribution_at is None
         text = DraftedText(model, drafter, torch.tensor([prompt]), generator=generator)
-        while (left := len(prompt) + 3 - text.ids_1T.shape[1]) > 0:
-            text.run_round(left)
+        while (remaining := len(prompt) + 3 - text.ids_1T.shape[1]) > 0:
+            text.run_round(remaining)
         texts.append(tuple(text.ids_1T[0, len(prompt) :].tolist()))
-    assert copied == 700
+    assert num_copied == 700
     assert p_value(texts, distribution_of_texts(model, prompt, 3)) > 1e-3
 
 
-def test_a_length_below_zero_is_refused():
+def test_negative_lookup_is_refused():
     with pytest.raises(ValueError, match="lookup must be at least 0, got -1"):
         Drafting(drafting_model(), lookup=-1)

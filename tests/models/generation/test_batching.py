@@ -1,4 +1,4 @@
-"""Rows that come and go write what each would write alone."""
+"""Rows that join and leave a batch write what each would write alone."""
 
 import random
 
@@ -9,7 +9,7 @@ from tiny import EOS, tiny_model
 from calm.models.generation.batching import BatchLimits, ChunkBatch
 from calm.models.generation.sampler_registry import sampler_from
 
-SETTINGS = (
+SAMPLERS = (
     sampler_from(temperature=1.0),
     sampler_from(temperature=0.7, max_draws=8),
     sampler_from(temperature=0.5, sampler="pool", num_draws=12, top_p=0.9),
@@ -17,26 +17,27 @@ SETTINGS = (
 )
 
 
-def alone(model, prompt, settings, budget, seed):
+def alone(model, prompt, sampler, budget, seed):
     """What `generate` writes after one prompt."""
     out = model.generate(
         torch.tensor([prompt]),
         max_new_tokens=budget,
         seed=seed,
-        temperature=settings.temperature,
-        sampler=settings,
+        temperature=sampler.temperature,
+        sampler=sampler,
     )[0, len(prompt) :].tolist()
     return out[: out.index(EOS) + 1] if EOS in out else out
 
 
-def requests(number, seed):
-    chance = random.Random(seed)
+def random_requests(number, seed):
+    """Arguments of `ChunkBatch.join`."""
+    rng = random.Random(seed)
     return [
         (
-            [chance.randrange(3, 40) for _ in range(chance.randrange(1, 30))],
-            chance.choice(SETTINGS),
-            chance.randrange(1, 25),
-            chance.randrange(1000),
+            [rng.randrange(3, 40) for _ in range(rng.randrange(1, 30))],
+            rng.choice(SAMPLERS),
+            rng.randrange(1, 25),
+            rng.randrange(1000),
         )
         for _ in range(number)
     ]
@@ -47,17 +48,19 @@ def requests(number, seed):
 @pytest.mark.parametrize(
     ("head_type", "backbone_input"), [("energy", "tokens"), ("energy", "both"), ("sequential", "tokens")]
 )
-def test_rows_that_come_and_go(chunk_size, head_type, backbone_input, max_rows):
-    """They join at random steps, are of all lengths, settings and seeds, and end when they end."""
+def test_rows_that_join_and_leave_write_what_they_write_alone(
+    chunk_size, head_type, backbone_input, max_rows
+):
+    """They join at random steps, and differ in length, sampler, budget and seed."""
     model = tiny_model(chunk_size, backbone_input=backbone_input, head_config={"head_type": head_type})
-    chance, batch = random.Random(chunk_size), ChunkBatch(model, BatchLimits(max_rows))
-    waiting, texts, largest = requests(24, chunk_size), {}, 0
-    order, ends = {}, {}
+    rng, batch = random.Random(chunk_size), ChunkBatch(model, BatchLimits(max_rows))
+    waiting, texts, largest = random_requests(24, chunk_size), {}, 0
+    requests, ends = {}, {}
     while waiting or len(batch):
-        while waiting and (len(batch) == 0 or chance.random() < 0.5):
+        while waiting and (len(batch) == 0 or rng.random() < 0.5):
             request = waiting.pop()
             row = batch.join(*request)
-            order[row], texts[row] = request, []
+            requests[row], texts[row] = request, []
         largest = max(largest, len(batch))
         results = batch.step()
         assert len(results) <= max_rows
@@ -67,7 +70,7 @@ def test_rows_that_come_and_go(chunk_size, head_type, backbone_input, max_rows):
             texts[written.row] += written.tokens
             ends[written.row] = written.ended_by
     assert largest >= 4 and len(texts) == 24
-    for row, request in order.items():
+    for row, request in requests.items():
         assert row.has_ended
         assert texts[row] == alone(model, *request)
         assert ends[row] == ("eos" if texts[row][-1] == EOS else "budget")
@@ -76,7 +79,7 @@ def test_rows_that_come_and_go(chunk_size, head_type, backbone_input, max_rows):
 def test_equal_requests_write_the_same():
     model = tiny_model()
     batch = ChunkBatch(model)
-    request = ([5, 6, 7], SETTINGS[1], 16, 3)
+    request = ([5, 6, 7], SAMPLERS[1], 16, 3)
     rows = [batch.join(*request) for _ in range(3)]
     texts = {row: [] for row in rows}
     while len(batch):
@@ -85,16 +88,16 @@ def test_equal_requests_write_the_same():
     assert {tuple(text) for text in texts.values()} == {tuple(alone(model, *request))}
 
 
-def test_a_row_that_is_dropped_leaves_the_others_alone():
+def test_dropping_a_row_does_not_change_the_others():
     model = tiny_model()
-    batch, [first, second, third] = ChunkBatch(model), requests(3, 5)
+    batch, [first, second, third] = ChunkBatch(model), random_requests(3, 5)
     first, second = (first[0], first[1], 24, 1), (second[0], second[1], 24, 2)
     rows = [batch.join(*request) for request in (first, second, third)]
     texts = {row: [] for row in rows}
     for step in range(20):
         if step == 2:
             batch.drop(rows[0])
-            batch.drop(rows[0])  # Once more is no matter.
+            batch.drop(rows[0])  # Dropping it again does nothing.
             assert len(batch) <= 2
         for written in batch.step():
             texts[written.row] += written.tokens
@@ -109,38 +112,38 @@ def test_the_cache_shrinks_with_its_longest_row():
     model.config.eos_token_id = None
     model.generation_config.eos_token_id = None
     batch = ChunkBatch(model)
-    batch.join([5] * 800, SETTINGS[0], 8, 0)
-    batch.join([5] * 4, SETTINGS[0], 24, 0)
+    batch.join([5] * 800, SAMPLERS[0], 8, 0)
+    batch.join([5] * 4, SAMPLERS[0], 24, 0)
     batch.step()
     assert batch._open.cache.lengths == [201, 2]
-    assert {(len(one), one.shape[2]) for one in batch._open.cache.window()} == {(2, 208)}
+    assert {(len(states), states.shape[2]) for states in batch._open.cache.window()} == {(2, 208)}
     batch.step()  # The long one ends.
     assert batch._open.cache.lengths == [3]
-    assert {(len(one), one.shape[2]) for one in batch._open.cache.window()} == {(1, 16)}
+    assert {(len(states), states.shape[2]) for states in batch._open.cache.window()} == {(1, 16)}
 
 
 @pytest.mark.parametrize(
-    "place", ["rows.SlotCache.concat", "reading.read_chunks", "reading.SlotCache.select"]
+    "method", ["rows.SlotCache.concat", "reading.read_chunks", "reading.SlotCache.select"]
 )
-def test_a_row_that_cannot_join_leaves_nothing_behind(place, monkeypatch):
+def test_a_row_that_cannot_join_leaves_nothing_behind(method, monkeypatch):
     model = tiny_model()
     model.config.eos_token_id = model.generation_config.eos_token_id = None
-    batch, settings = ChunkBatch(model), SETTINGS[0]
-    first = batch.join([5, 6, 7], settings, 16, 1)
+    batch, sampler = ChunkBatch(model), SAMPLERS[0]
+    first = batch.join([5, 6, 7], sampler, 16, 1)
     written = {first: batch.step()[0].tokens}
-    without_memory = batch.join([9, 10, 11, 12, 13], settings, 8, 2)
+    failing = batch.join([9, 10, 11, 12, 13], sampler, 8, 2)
     with monkeypatch.context() as patched:
         patched.setattr(
-            f"calm.models.generation.{place}", lambda *_, **__: (_ for _ in ()).throw(MemoryError())
+            f"calm.models.generation.{method}", lambda *_, **__: (_ for _ in ()).throw(MemoryError())
         )
-        failed, one = batch.step()
-    assert (failed.row, type(failed.error)) == (without_memory, MemoryError)
-    written[first] += one.tokens
-    second = batch.join([14, 15], settings, 8, 3)
+        failed, result = batch.step()
+    assert (failed.row, type(failed.error)) == (failing, MemoryError)
+    written[first] += result.tokens
+    second = batch.join([14, 15], sampler, 8, 3)
     written[second] = []
     for _ in range(2):
-        for one in batch.step():
-            written[one.row] += one.tokens
-    assert written[first] == alone(model, [5, 6, 7], settings, 16, 1)[: len(written[first])]
+        for result in batch.step():
+            written[result.row] += result.tokens
+    assert written[first] == alone(model, [5, 6, 7], sampler, 16, 1)[: len(written[first])]
     assert len(written[first]) == 16
-    assert written[second] == alone(model, [14, 15], settings, 8, 3)
+    assert written[second] == alone(model, [14, 15], sampler, 8, 3)

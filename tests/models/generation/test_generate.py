@@ -1,4 +1,4 @@
-"""Generation: cache, prompts of any length, EOS, budgets, seeds, streaming, and bad arguments."""
+"""`generate`: caches, prompts of any length, EOS, budgets, seeds, streaming, and bad arguments."""
 
 import numpy as np
 import pytest
@@ -19,41 +19,43 @@ from calm.models.generation.sampler_registry import sampler_from
 
 
 def without_eos(model):
-    """The model with an EOS that it never draws, so that lengths are predictable."""
+    """The model without an EOS token, so that lengths are predictable."""
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     return model
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 4])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_cached_equals_uncached_for_every_remainder(chunk_size, temperature):
+def test_cached_equals_uncached_for_every_prompt_length(chunk_size, temperature):
     model = without_eos(tiny_model(chunk_size))
     for length in range(1, 2 * chunk_size + 1):
         prompt = torch.randint(3, 40, (2, length))
         settings = {"max_new_tokens": 9, "temperature": temperature, "max_draws": 8, "seed": length}
         cached = model.generate(prompt, use_cache=True, **settings)
-        plain = model.generate(prompt, use_cache=False, **settings)
+        uncached = model.generate(prompt, use_cache=False, **settings)
         assert cached.shape == (2, length + 9)
-        assert (cached == plain).all()
+        assert (cached == uncached).all()
         assert (cached[:, :length] == prompt).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_a_model_of_another_type_knows_far_positions_as_well(dtype):
-    model = tiny_model(backbone_config={"max_position_embeddings": 2048}).to(dtype)  # And its rotations.
+def test_rotations_of_far_positions_match_the_backbone_in_16_bits(dtype):
+    model = tiny_model(backbone_config={"max_position_embeddings": 2048}).to(
+        dtype
+    )  # With its rotary embeddings.
     position = torch.tensor([3, 300, 2001])
-    own = ChunkStep(model)._rotation(position)
+    actual = ChunkStep(model)._rotation(position)
     expected = model.backbone.rotary_emb(torch.zeros(3, 1, 1, dtype=dtype), position.unsqueeze(-1))
-    assert_close(own, expected)
+    assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_static_cache_writes_the_same(temperature):
+def test_static_cache_gives_the_same_text(temperature):
     model = without_eos(tiny_model(backbone_config={"max_position_embeddings": 128}))
     prompts = torch.tensor([[5, 6, 7, 8, 9, 11], [PAD, PAD, PAD, PAD, 7, 9]])
     settings = {"attention_mask": (prompts != PAD).long(), "temperature": temperature, "seed": 3}
-    for num_tokens in (1, 4, 30, 300):  # The last is longer than the shortest cache.
+    for num_tokens in (1, 4, 30, 300):  # The last does not fit into the smallest static cache.
         texts = [
             model.generate(prompts, max_new_tokens=num_tokens, cache_implementation=kind, **settings)
             for kind in ("dynamic", "static")
@@ -61,7 +63,7 @@ def test_static_cache_writes_the_same(temperature):
         assert (texts[0] == texts[1]).all()
 
 
-def test_a_compiled_step_writes_the_same_and_is_compiled_once():
+def test_compiled_step_gives_the_same_text_and_is_compiled_once():
     model = without_eos(tiny_model())
     prompt = torch.randint(3, 40, (2, 6))
     options = {"cache_implementation": "static", "compile_config": CompileConfig(mode="default")}
@@ -95,13 +97,13 @@ def test_a_compiled_step_writes_the_same_and_is_compiled_once():
         ),
     ],
 )
-def test_what_generate_cannot_do_is_an_error(options, message):
+def test_unsupported_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         tiny_model().generate(torch.tensor([[5, 6]]), **options)
 
 
-def test_rows_of_other_lengths_in_a_batch_do_not_matter():
-    """The states after a prompt are the same alone and beside a longer prompt, padded on any side."""
+def test_state_of_a_prompt_does_not_depend_on_the_rest_of_the_batch():
+    """A prompt's last state is the same alone and beside a longer prompt, padded on either side."""
     model = tiny_model()
     long, short = torch.randint(3, 40, (11,)), torch.randint(3, 40, (3,))
     for pad_left in (True, False):
@@ -124,8 +126,8 @@ def test_batch_continues_each_prompt():
     assert (out[:, :5] == batch).all()
 
 
-class Script:
-    """Replaces the draws of a model by given chunks, one list of the open rows' chunks a step."""
+class ScriptedDraws:
+    """Replaces the draws of a model: at each step, the next list has a chunk for each open row."""
 
     def __init__(self, model, chunks):
         self.chunks = iter(chunks)
@@ -139,14 +141,14 @@ class Script:
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_stops_at_eos_inside_a_chunk_and_drops_the_rest(use_cache):
     model = tiny_model()
-    Script(model, [[10, 11, 12, 13], [14, EOS, 15, 16], [17, 18, 19, 20]])
+    ScriptedDraws(model, [[10, 11, 12, 13], [14, EOS, 15, 16], [17, 18, 19, 20]])
     out = model.generate(torch.tensor([[5, 6]]), max_new_tokens=20, use_cache=use_cache)
     assert out.tolist() == [[5, 6, 10, 11, 12, 13, 14, EOS]]
 
 
-def test_rows_that_ended_are_filled_with_padding():
+def test_ended_rows_are_padded():
     model = tiny_model()
-    Script(
+    ScriptedDraws(
         model,
         [[[10, EOS, 9, 9], [20, 21, 22, 23]], [[24, 25, EOS, 8]], [[1, 1, 1, 1]]],
     )
@@ -163,7 +165,7 @@ def test_budget_is_met_and_never_exceeded(budget):
 
 def test_an_eos_beyond_the_budget_is_not_written():
     model = tiny_model()
-    Script(model, [[10, 11, EOS, 9]])
+    ScriptedDraws(model, [[10, 11, EOS, 9]])
     assert model.generate(torch.tensor([[5]]), max_new_tokens=2).tolist() == [[5, 10, 11]]
 
 
@@ -188,7 +190,7 @@ def test_same_seed_same_text(sampler, temperature):
     assert (first == second).all()
 
 
-def test_a_seed_is_one_whole_number_and_the_only_source():
+def test_seed_must_be_an_integer_and_excludes_a_generator():
     model, prompt = without_eos(tiny_model()), torch.randint(3, 40, (3, 5))
     first = model.generate(prompt, seed=7, max_new_tokens=8)
     for seed in (np.int64(7), np.int32(7), torch.tensor(7)):
@@ -203,8 +205,10 @@ def test_a_seed_is_one_whole_number_and_the_only_source():
 @pytest.mark.parametrize("sampler", ["exact", "pool"])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_a_row_is_the_same_alone_and_in_a_batch(sampler, temperature):
-    """Prompts of eight lengths, padded in front; a row that ends early leaves the others alone."""
-    model = tiny_model().double()  # Rounding differs between shapes of a batch; here it cannot decide.
+    """Eight left-padded prompts of different lengths; a row that ends early does not change the others."""
+    model = (
+        tiny_model().double()
+    )  # Rounding depends on the batch's shape; in double precision it decides nothing.
     prompts = [torch.randint(3, 40, (length,)).tolist() for length in range(2, 10)]
     batch = torch.tensor([[PAD] * (9 - len(prompt)) + prompt for prompt in prompts])
     settings = {
@@ -227,9 +231,7 @@ def test_a_row_is_the_same_alone_and_in_a_batch(sampler, temperature):
 
 @pytest.mark.parametrize("few_draws", [0, 20, 1000])
 @pytest.mark.parametrize("settings", [{"temperature": 0.5}, {"temperature": 0.3, "sampler": "pool"}, {}])
-def test_a_large_vocabulary_is_read_where_it_matters_and_gives_the_same_text(
-    monkeypatch, few_draws, settings
-):
+def test_reading_only_needed_tokens_of_draws_gives_the_same_text(monkeypatch, few_draws, settings):
     model = without_eos(tiny_model().double())
     prompt = torch.randint(3, 40, (3, 5))
 
@@ -237,16 +239,16 @@ def test_a_large_vocabulary_is_read_where_it_matters_and_gives_the_same_text(
         return model.generate(prompt, max_new_tokens=20, seed=2, num_draws=30, max_draws=30, **settings)
 
     monkeypatch.setattr(temperature_module, "_FIRST_BLOCK_WITH_READER", temperature_module._FIRST_BLOCK)
-    whole = write()
+    expected = write()
     monkeypatch.setattr(sampling_module, "_LARGE_PROJECTION", 1)
     monkeypatch.setattr(sampling_module, "_FEW_DRAWS", few_draws)
-    monkeypatch.setattr(model.autoencoder, "decode_tokens", None)  # No use of it.
-    assert (write() == whole).all()
+    monkeypatch.setattr(model.autoencoder, "decode_tokens", None)  # It must not be used.
+    assert (write() == expected).all()
 
 
 def test_statistics_on_request():
     model = tiny_model()
-    Script(model, [[[10, EOS, 9, 9], [20, 21, 22, 23]], [[24, 25, EOS, 8]]])
+    ScriptedDraws(model, [[[10, EOS, 9, 9], [20, 21, 22, 23]], [[24, 25, EOS, 8]]])
     out = model.generate(torch.tensor([[5], [6]]), max_new_tokens=12, return_dict_in_generate=True)
     assert out.num_draws.tolist() == [[4, 0], [4, 4]]
     assert out.agreement.tolist() == [[1, 0], [1, 1]]
@@ -254,16 +256,16 @@ def test_statistics_on_request():
 
 
 @pytest.mark.parametrize(
-    "more", [{"num_draws": 8}, {"max_draws": 8}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str
+    "extra", [{"num_draws": 8}, {"max_draws": 8}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str
 )
-def test_a_sampler_brings_its_own_settings(more):
+def test_a_sampler_brings_its_own_settings(extra):
     model, prompt = without_eos(tiny_model()), torch.tensor([[5, 6, 7, 8]])
     sampler = PoolSampler(temperature=0.5, num_draws=8)
     text = model.generate(prompt, sampler=sampler, seed=1, max_new_tokens=8)
     named = {"sampler": "pool", "temperature": 0.5, "num_draws": 8}
     assert torch.equal(text, model.generate(prompt, **named, seed=1, max_new_tokens=8))
     with pytest.raises(ValueError, match="a sampler object brings its own settings"):
-        model.generate(prompt, sampler=sampler, seed=1, max_new_tokens=8, **more)
+        model.generate(prompt, sampler=sampler, seed=1, max_new_tokens=8, **extra)
 
 
 def test_statistics_of_both_samplers():
@@ -277,7 +279,7 @@ def test_statistics_of_both_samplers():
     assert ((exact.agreement > 0) & (exact.agreement <= 1)).all()
 
 
-def test_standard_streamers_get_the_text(model):
+def test_standard_streamers_get_the_text():
     tokenizer = train_tokenizer(["one two three four"], 300)
     model = without_eos(tiny_model(vocab_size=len(tokenizer)))
     prompt = tokenizer("one two", return_tensors="pt")["input_ids"]
@@ -287,7 +289,7 @@ def test_standard_streamers_get_the_text(model):
 
 
 @pytest.mark.parametrize("head_type", HEADS)
-def test_latents_that_are_not_finite_are_refused(head_type):
+def test_states_that_are_not_finite_are_refused(head_type):
     model = tiny_model(head_config={"head_type": head_type})
     with torch.no_grad():
         model.backbone.layers[-1].mlp.down_proj.weight.fill_(float("nan"))
@@ -295,7 +297,7 @@ def test_latents_that_are_not_finite_are_refused(head_type):
         model.generate(torch.tensor([[5, 6]]), max_new_tokens=4)
 
 
-def test_no_position_is_refused(model):
+def test_empty_batch_is_refused(model):
     with pytest.raises(ValueError, match="the batch is empty"):
         model.sample_chunks(torch.zeros(0, model.config.backbone.hidden_size), sampler_from())
 
@@ -309,11 +311,11 @@ def test_several_sequences_per_prompt():
     assert len({tuple(row) for row in out[:3].tolist()}) > 1
 
 
-def test_without_a_prompt_it_starts_from_the_beginning_of_text():
+def test_text_without_a_prompt_starts_with_bos():
     assert tiny_model().generate(max_new_tokens=4, seed=0)[0, 0] == BOS
 
 
-def test_generation_config_and_overrides():
+def test_arguments_override_the_generation_config():
     model = without_eos(tiny_model())
     config = GenerationConfig(max_new_tokens=5, temperature=0.5, do_sample=True)
     prompt = torch.tensor([[5, 6]])
@@ -321,44 +323,44 @@ def test_generation_config_and_overrides():
     assert model.generate(prompt, generation_config=config, num_draws=4, max_new_tokens=3).shape == (1, 5)
 
 
-def test_a_generation_config_cannot_ask_for_greedy_decoding(model):
+def test_generation_config_cannot_request_greedy_decoding(model):
     config = GenerationConfig(max_new_tokens=5, do_sample=False)
     with pytest.raises(ValueError, match="greedy decoding is not available for chunks"):
         model.generate(torch.tensor([[5, 6]]), generation_config=config)
     assert model.generate(torch.tensor([[5, 6]]), generation_config=config, do_sample=True).shape[1] <= 7
 
 
-def test_what_a_generation_config_leaves_open_is_the_models_own():
+def test_settings_missing_in_a_generation_config_are_the_models_own():
     model, prompt = without_eos(tiny_model()), torch.tensor([[5, 6]])
     model.generation_config.update(temperature=0.5, max_new_tokens=9, return_dict_in_generate=True)
     written = model.generate(prompt, generation_config=GenerationConfig(max_time=900.0), num_draws=8)
     assert written.sequences.shape == (1, 11)
-    assert int(written.num_draws.min()) > 1  # As a temperature below 1 takes.
+    assert int(written.num_draws.min()) > 1  # As at a temperature below 1.
     written = model.generate(prompt, generation_config=GenerationConfig(max_length=6), num_draws=8)
     assert written.sequences.shape == (1, 6)
 
 
-class Listener:
-    """A streamer that keeps what it gets."""
+class RecordingStreamer:
+    """A streamer that records the tokens it receives."""
 
     def __init__(self):
-        self.got, self.ended = [], False
+        self.tokens, self.has_ended = [], False
 
     def put(self, value):
-        self.got += value.flatten().tolist()
+        self.tokens += value.flatten().tolist()
 
     def end(self):
-        self.ended = True
+        self.has_ended = True
 
 
 @pytest.mark.parametrize("budget", [5, 6, 7, 20])
 def test_streamer_gets_the_text_and_no_more(budget):
     model = tiny_model()
-    Script(model, [[10, 11, 12, 13], [14, 15, EOS, 16]])
-    listener = Listener()
-    out = model.generate(torch.tensor([[5, 6]]), max_new_tokens=budget, streamer=listener)
-    assert listener.got == out[0].tolist()
-    assert listener.ended
+    ScriptedDraws(model, [[10, 11, 12, 13], [14, 15, EOS, 16]])
+    streamer = RecordingStreamer()
+    out = model.generate(torch.tensor([[5, 6]]), max_new_tokens=budget, streamer=streamer)
+    assert streamer.tokens == out[0].tolist()
+    assert streamer.has_ended
 
 
 @pytest.mark.parametrize(
@@ -378,12 +380,12 @@ def test_streamer_gets_the_text_and_no_more(budget):
         ({"do_sample": False}, "greedy decoding is not available for chunks"),
     ],
 )
-def test_bad_arguments(model, arguments, message):
+def test_bad_arguments_are_refused(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         model.generate(torch.tensor([[5, 6]]), **arguments)
 
 
-def test_bad_prompts(model):
+def test_bad_prompts_are_refused(model):
     with pytest.raises(ValueError, match="non-empty"):
         model.generate(torch.zeros(1, 0, dtype=torch.long))
     with pytest.raises(ValueError, match="a prompt is empty"):

@@ -1,4 +1,4 @@
-"""What `sample_chunks` promises a sampler: draws for any rows, in any order, at temperatures of the head."""
+"""What `sample_chunks` promises a sampler: draws for any rows, in any order, at the head's temperatures."""
 
 from dataclasses import dataclass, field
 
@@ -12,18 +12,18 @@ from calm.models.generation.sampling import sample_chunks
 
 
 @dataclass(frozen=True)
-class Asks:
-    """A sampler that draws for the rows it is told, and notes what came."""
+class RecordingSampler:
+    """A sampler that draws once for the given rows, and records the draws."""
 
     rows: tuple[int, ...]
-    of_head: float = 1.0
-    came: list = field(default_factory=list, hash=False, compare=False)
+    head_temperature: float = 1.0
+    recorded: list = field(default_factory=list, hash=False, compare=False)
     temperature: float = 1.0
     most_draws: int = 1
 
     def sample(self, draw, num_rows, randomness=None, reader=None):
-        drawn_NRK = draw(1, torch.tensor(self.rows), self.of_head)
-        self.came.append(drawn_NRK)
+        drawn_NRK = draw(1, torch.tensor(self.rows), self.head_temperature)
+        self.recorded.append(drawn_NRK)
         ones = torch.ones(num_rows, dtype=torch.long)
         return ChunkSample(torch.zeros(num_rows, 4, dtype=torch.long), ones, ones, ones == 0, ones.double())
 
@@ -33,22 +33,22 @@ def states_of(model):
 
 
 @pytest.mark.parametrize("rows", [(2, 0, 1), (1, 1, 2), (0, 1, 2, 2), (2,)])
-def test_a_sampler_gets_the_rows_that_it_asks_for(rows):
+def test_sampler_gets_draws_for_the_rows_that_it_requests(rows):
     model = tiny_model()
     states = states_of(model)
-    sampler = Asks(rows)
+    sampler = RecordingSampler(rows)
     sample_chunks(model, states, sampler, [torch.Generator().manual_seed(row) for row in range(3)])
-    for row, drawn_K in zip(rows, sampler.came[0][0], strict=True):
+    for row, drawn_K in zip(rows, sampler.recorded[0][0], strict=True):
         alone = model.head.draw_chunks(
             model.head.prepare(states[row : row + 1]), 1, [torch.Generator().manual_seed(row)]
         )
-        if rows.count(row) == 1:  # Of a repeated row, the second draw goes on with its generator.
+        if rows.count(row) == 1:  # The second draw of a repeated row continues its generator.
             assert drawn_K.equal(alone[0, 0])
 
 
 @pytest.mark.parametrize("is_large", [False, True])
-def test_a_temperature_that_the_head_does_not_take_is_an_error(is_large, monkeypatch):
-    model = tiny_model()  # With the energy head.
+def test_temperature_that_the_head_does_not_take_is_refused(is_large, monkeypatch):
+    model = tiny_model()  # Its energy head takes no temperature.
     monkeypatch.setattr(sampling, "_LARGE_PROJECTION", 0 if is_large else 2**22)
     with pytest.raises(ValueError, match="temperature"):
-        sample_chunks(model, states_of(model), Asks((0, 1, 2), 0.5, most_draws=2))
+        sample_chunks(model, states_of(model), RecordingSampler((0, 1, 2), 0.5, most_draws=2))

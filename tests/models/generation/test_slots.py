@@ -1,4 +1,4 @@
-"""The cache in place: rows of any length, room that grows, rows that leave."""
+"""`SlotCache` and the lean step on it: rows of any length, room that grows, rows that leave."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ LENGTHS = (24, 9, 17)
 
 
 def read_prompts(model, lengths=LENGTHS):
-    """Prompts of these lengths, with padding in front, and the cache of transformers behind them."""
+    """Left-padded prompts of these lengths, and transformers' cache after reading them."""
     width = max(lengths)
     ids_BT = torch.randint(3, 40, (len(lengths), width))
     mask_BT = torch.stack([torch.arange(width) >= width - length for length in lengths]).long()
@@ -22,7 +22,7 @@ def read_prompts(model, lengths=LENGTHS):
     return prompt, cache
 
 
-# Grouped heads, one for each query, biases, and every rotation that a step takes.
+# Grouped keys, a key for each query, biases, and every rotary embedding that the lean step supports.
 BACKBONES = [
     {},
     {"num_key_value_heads": 4},
@@ -43,42 +43,38 @@ BACKBONES = [
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("backbone_input", ["tokens", "latents", "both"])
 @torch.no_grad()
-def test_a_lean_step_says_what_the_forward_pass_says(backbone, backbone_input):
+def test_lean_step_matches_the_forward_pass(backbone, backbone_input):
     settings = {"max_position_embeddings": 256} | backbone
     model = tiny_model(backbone_config=settings, backbone_input=backbone_input)
     prompt, cache = read_prompts(model)
     slots, step, mask_BC = SlotCache.of(cache, prompt.mask_BC), ChunkStep(model), prompt.mask_BC
     assert slots.lengths == [6, 3, 5]
-    for number in range(80):  # More than there is room for at first.
+    for index in range(80):  # More than the initial room.
         chunks_BK = torch.randint(3, 40, (3, 4))
         mask_BC = torch.cat([mask_BC, mask_BC.new_ones(3, 1)], dim=1)
-        whole = read_chunks(model, chunks_BK, mask_BC, positions_of(mask_BC)[:, -1:], cache)[:, -1]
+        expected = read_chunks(model, chunks_BK, mask_BC, positions_of(mask_BC)[:, -1:], cache)[:, -1]
         lean = step(chunks_BK, torch.tensor(slots.lengths), slots.window())
         slots.grow()
-        torch.testing.assert_close(lean, whole, rtol=1e-4, atol=1e-4, msg=f"step {number}")
+        torch.testing.assert_close(lean, expected, rtol=1e-4, atol=1e-4, msg=f"step {index}")
 
 
 @torch.no_grad()
-def test_rows_that_leave_do_not_change_the_others():
+def test_removing_a_row_does_not_change_the_others():
     model = tiny_model()
     prompt, cache = read_prompts(model)
-    step, kept, whole = (
-        ChunkStep(model),
-        SlotCache.of(cache, prompt.mask_BC),
-        SlotCache.of(cache, prompt.mask_BC),
-    )
-    kept = kept.select([0, 2])
+    step, full = ChunkStep(model), SlotCache.of(cache, prompt.mask_BC)
+    selected = SlotCache.of(cache, prompt.mask_BC).select([0, 2])
     for _ in range(3):
         chunks_BK = torch.randint(3, 40, (3, 4))
-        of_all = step(chunks_BK, torch.tensor(whole.lengths), whole.window())
-        of_kept = step(chunks_BK[[0, 2]], torch.tensor(kept.lengths), kept.window())
-        torch.testing.assert_close(of_kept, of_all[[0, 2]])
-        whole.grow()
-        kept.grow()
-    assert len(kept) == 2 and kept.lengths == [9, 8]
+        expected = step(chunks_BK, torch.tensor(full.lengths), full.window())[[0, 2]]
+        actual = step(chunks_BK[[0, 2]], torch.tensor(selected.lengths), selected.window())
+        torch.testing.assert_close(actual, expected)
+        full.grow()
+        selected.grow()
+    assert len(selected) == 2 and selected.lengths == [9, 8]
 
 
-def test_there_is_room_for_a_chunk_in_one_piece_of_memory_and_not_much_more():
+def test_window_is_contiguous_with_room_for_a_chunk_and_not_much_more():
     model = tiny_model()
     prompt, cache = read_prompts(model)
     slots = SlotCache.of(cache, prompt.mask_BC)
@@ -95,7 +91,7 @@ def test_there_is_room_for_a_chunk_in_one_piece_of_memory_and_not_much_more():
 
 
 @torch.no_grad()
-def test_a_row_that_is_put_in_the_place_of_a_longer_one_has_nothing_behind_it():
+def test_row_in_the_slot_of_a_longer_one_keeps_none_of_its_states():
     model = tiny_model()
     prompt, cache = read_prompts(model)
     slots = SlotCache.of(cache, prompt.mask_BC)
@@ -109,7 +105,7 @@ def test_a_row_that_is_put_in_the_place_of_a_longer_one_has_nothing_behind_it():
     assert not slots.has_room(0)
 
 
-def test_layers_that_a_step_would_pass_by_are_left_to_the_forward_pass():
+def test_no_lean_step_for_layers_with_hooks_or_dynamic_rotation():
     assert can_step(tiny_model())
     hooked = tiny_model()
     hooked.backbone.layers[1].register_forward_hook(lambda *_: None)
@@ -120,16 +116,16 @@ def test_layers_that_a_step_would_pass_by_are_left_to_the_forward_pass():
 
 @pytest.mark.parametrize("head_type", ["energy", "sequential"])
 @pytest.mark.parametrize("is_autocast", [True, False])
-def test_half_precision_writes_what_the_forward_pass_writes(is_autocast, head_type):
+def test_half_precision_writes_the_same_as_the_forward_pass(is_autocast, head_type):
     model = tiny_model(head_config={"head_type": head_type})
     if not is_autocast:
         model = model.to(torch.bfloat16)
     prompt, settings = torch.randint(3, 40, (2, 6)), {"max_new_tokens": 8, "temperature": 1.0, "seed": 0}
     with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
         lean = model.generate(prompt, eos_token_id=[], **settings)
-        whole = model.generate(prompt, eos_token_id=[], cache_implementation="dynamic", **settings)
+        expected = model.generate(prompt, eos_token_id=[], cache_implementation="dynamic", **settings)
     assert lean.shape == (2, 14)
-    assert (lean[:, :10] == whole[:, :10]).all()  # The first chunk; the others may round another way.
+    assert (lean[:, :10] == expected[:, :10]).all()  # The first chunk; later ones may round differently.
 
 
 def test_a_hook_on_a_layer_is_called_for_every_chunk():

@@ -22,7 +22,7 @@ def model() -> CalmForCausalLM:
     return tiny_model(head_config=HEAD)
 
 
-def test_codes_have_one_length_and_are_given_back():
+def test_codes_have_equal_norms_and_decode_to_their_tokens():
     autoencoder = CalmAutoencoder(
         CalmAutoencoderConfig(kind="codes", vocab_size=30, chunk_size=3, latent_size=24)
     )
@@ -55,7 +55,7 @@ def test_codes_are_kept_when_saved_and_loaded(tmp_path):
         ({"kind": "codes", "latent_size": 30}, "a multiple of the chunk size 4 for codes, got 30"),
     ],
 )
-def test_bad_codes(fields, message):
+def test_bad_settings_of_codes_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         CalmAutoencoderConfig(**fields)
 
@@ -78,15 +78,15 @@ def test_the_loss_is_the_cross_entropy_of_prior_and_evidence(model):
     vectors = vectors.view(5, 4, 6)
     prior = F.linear(vectors, head.scores.weight, head.scores.bias)
     density = -(points.view(5, 4, 1, 2) - time.view(5, 1, 1, 1) * codes).square().sum(-1)
-    scores = prior + density / (2 * (1 - time).square()).view(5, 1, 1)
-    expected = F.cross_entropy(scores.flatten(0, 1), tokens.flatten(), reduction="none").view(5, 4).mean(-1)
+    logits = prior + density / (2 * (1 - time).square()).view(5, 1, 1)
+    expected = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(5, 4).mean(-1)
     assert_close(head.loss(hidden, Target(posterior, tokens), noise), expected)
 
 
-def test_a_loss_in_parts_is_the_loss(model, monkeypatch):
+def test_loss_computed_in_parts_is_the_same(model, monkeypatch):
     losses = []
-    for at_once in (2**26, 40 * 7):
-        monkeypatch.setattr("calm.core.cross_entropy.LOGITS_AT_ONCE", at_once)
+    for logits_at_once in (2**26, 40 * 7):
+        monkeypatch.setattr("calm.core.cross_entropy.LOGITS_AT_ONCE", logits_at_once)
         model.zero_grad()
         loss = model.train()(ids, labels=ids, generator=torch.Generator().manual_seed(2)).loss
         loss.backward()
@@ -101,8 +101,8 @@ def test_times_are_spread_evenly(model):
     assert (noise.time[0, 1:] - noise.time[0, :-1]).abs().min() > 0.3
 
 
-def test_a_draw_at_a_temperature():
-    """At T = 1 it is a draw; the lower T, the more often draws have the likeliest tokens."""
+def test_lower_temperatures_draw_likelier_tokens():
+    """The default is T = 1; the lower T, the likelier the drawn tokens."""
     autoencoder = CalmAutoencoderConfig(kind="codes", vocab_size=40, chunk_size=4, latent_size=64)
     backbone = tiny_config().backbone.to_dict()
     model = CalmForCausalLM(
@@ -110,7 +110,7 @@ def test_a_draw_at_a_temperature():
     )
     torch.nn.init.normal_(model.head.direct.weight)
     torch.nn.init.normal_(model.head.scores.weight, std=0.1)
-    torch.nn.init.zeros_(model.head.network.inp.weight)  # So that only evidence tells draws apart.
+    torch.nn.init.zeros_(model.head.network.inp.weight)  # So that draws differ only by the evidence.
     prepared = model.head.prepare(torch.randn(3, 32))
     hot, warm, cold = (
         model.head.draw_latents(prepared, 300, torch.Generator().manual_seed(4), temperature=t)
@@ -118,8 +118,8 @@ def test_a_draw_at_a_temperature():
     )
     assert torch.equal(hot, model.head.draw_latents(prepared, 300, torch.Generator().manual_seed(4)))
 
-    head, still = model.head, torch.zeros(1, 3, 64)
-    prior = head._features(still, torch.zeros(()), prepared, 1.0) @ head._table().T
+    head, points = model.head, torch.zeros(1, 3, 64)
+    prior = head._features(points, torch.zeros(()), prepared, 1.0) @ head._table().T
     log_distribution = prior.log_softmax(-1)[0]  # Without noise, and at t = 0 without evidence.
 
     def mean_log_distribution(draws):
@@ -130,7 +130,7 @@ def test_a_draw_at_a_temperature():
         model.head.draw_chunks(prepared, 1, temperature=0)
 
 
-def test_the_sampler_of_the_head(model):
+def test_head_sampler_makes_one_draw_at_the_temperature(model):
     settings = sampler_from(temperature=0.5, sampler="head")
     hidden = torch.randn(3, 32)
     sample = model.sample_chunks(hidden, settings, torch.Generator().manual_seed(0))
@@ -138,6 +138,9 @@ def test_the_sampler_of_the_head(model):
     drawn = model.head.draw_chunks(prepared, 1, torch.Generator().manual_seed(0), 0.5)
     assert torch.equal(sample.chunks_RK, drawn[0])
     assert sample.num_draws_R.tolist() == [1, 1, 1]
+
+
+def test_head_sampler_is_the_default_between_temperatures_0_and_1(model):
     config = model.config.head
     assert default_sampler(config, 0.5) == "head" and default_sampler(config, 0.0) == "exact"
     assert default_sampler(config, 0.5, top_p=0.9) == default_sampler(config, 0.5, min_p=0.1) == "pool"
@@ -145,15 +148,18 @@ def test_the_sampler_of_the_head(model):
     assert torch.equal(
         written, model.generate(ids, max_new_tokens=8, seed=1, temperature=0.5, sampler="head")
     )
-    other = tiny_model()
-    assert default_sampler(other.config.head, 0.5) == "exact"
-    with pytest.raises(ValueError, match="a energy head does not take a temperature"):
-        other.generate(ids, max_new_tokens=8, sampler="head")
+
+
+def test_head_that_takes_no_temperature_has_no_head_sampler():
+    model = tiny_model()
+    assert default_sampler(model.config.head, 0.5) == "exact"
+    with pytest.raises(ValueError, match="the energy head does not take a temperature"):
+        model.generate(ids, max_new_tokens=8, sampler="head")
     with pytest.raises(ValueError, match="does not take a temperature"):
-        other.head.draw_chunks(other.head.prepare(hidden), 1, temperature=0.5)
+        model.head.draw_chunks(model.head.prepare(torch.randn(3, 32)), 1, temperature=0.5)
 
 
-def test_what_the_sampler_of_the_head_cannot(model):
+def test_head_sampler_refuses_top_p_and_unsupported_temperatures(model):
     with pytest.raises(ValueError, match="use them with sampler='pool'"):
         sampler_from(sampler="head", temperature=0.5, top_p=0.9)
     for temperature in (-0.1, 1.1):

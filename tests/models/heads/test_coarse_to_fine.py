@@ -44,45 +44,45 @@ def states_of(head, number=3):
     return torch.randn(number, 32 + head.config.extra_state_size, generator=torch.Generator().manual_seed(3))
 
 
-def test_the_loss_is_that_of_a_distribution(head):
-    found = distributions(head, states_of(head))
-    assert_close(found.sum(1), torch.ones(3))
-    assert found.std() > 0.005
-    tokens = found.view(3, *[VOCABULARY] * SIZE)
-    apart = tokens.sum((2, 3))[:, :, None, None] * tokens.sum((1, 3))[:, None, :, None]
-    apart = apart * tokens.sum((1, 2))[:, None, None]
-    assert (tokens - apart).abs().amax() > 0.003  # Tokens of a chunk depend on each other.
+def test_loss_gives_a_distribution_with_dependent_tokens(head):
+    probabilities = distributions(head, states_of(head))
+    assert_close(probabilities.sum(1), torch.ones(3))
+    assert probabilities.std() > 0.005
+    tokens = probabilities.view(3, *[VOCABULARY] * SIZE)
+    independent = tokens.sum((2, 3))[:, :, None, None] * tokens.sum((1, 3))[:, None, :, None]
+    independent = independent * tokens.sum((1, 2))[:, None, None]
+    assert (tokens - independent).abs().amax() > 0.003  # Tokens of a chunk depend on each other.
 
 
 def test_draws_follow_the_distribution_of_the_loss(head):
     states, number = states_of(head), 60_000
-    wanted = distributions(head, states).double()
+    expected = distributions(head, states).double()
     draws = head.draw_chunks(head.prepare(states), number, torch.Generator().manual_seed(1))
-    places = (draws * VOCABULARY ** torch.arange(SIZE - 1, -1, -1)).sum(-1)
-    seen = F.one_hot(places, VOCABULARY**SIZE).double().mean(0)
-    # So many standard errors in 375 shares are met once in thousands of seeds.
-    assert ((seen - wanted).abs() < 4.7 * (wanted * (1 - wanted) / number).sqrt() + 1e-9).all()
+    indices = (draws * VOCABULARY ** torch.arange(SIZE - 1, -1, -1)).sum(-1)
+    actual = F.one_hot(indices, VOCABULARY**SIZE).double().mean(0)
+    # One of 375 frequencies is this many standard errors off for about one seed in 1,000.
+    assert ((actual - expected).abs() < 4.7 * (expected * (1 - expected) / number).sqrt() + 1e-9).all()
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4])
-def test_chunks_of_any_size(chunk_size):
+def test_training_and_generation_at_other_chunk_sizes(chunk_size):
     model = tiny_model(chunk_size, head_config={"head_type": "coarse_to_fine"})
     ids = torch.randint(3, 40, (2, 16))
     model(ids, labels=ids).loss.backward()
     assert model.generate(ids, max_new_tokens=8, eos_token_id=[], seed=1).shape == (2, 24)
 
 
-def test_every_weight_matters_to_the_chunk_and_later_tokens_to_earlier_classes_do_not(head):
-    """The classes are drawn in order: another last token leaves the probability of earlier classes."""
-    found = distributions(head, states_of(head)).view(3, *[VOCABULARY] * SIZE)
+def test_first_class_has_the_distribution_of_its_own_logits(head):
+    """Classes are drawn in order: the first one does not depend on anything after it."""
+    tokens = distributions(head, states_of(head)).view(3, *[VOCABULARY] * SIZE)
     is_first = torch.tensor([0, 1, 0, 1, 1]).bool()  # Tokens of the first class.
-    by_class = torch.stack([found[:, is_first].sum((1, 2, 3)), found[:, ~is_first].sum((1, 2, 3))], dim=1)
+    by_class = torch.stack([tokens[:, is_first].sum((1, 2, 3)), tokens[:, ~is_first].sum((1, 2, 3))], dim=1)
     vectors = head.prepare(states_of(head))[:, : head.config.class_rank]
-    wanted = F.linear(F.silu(vectors), head.class_scores.weight, head.class_scores.bias).softmax(-1)
-    assert_close(by_class, wanted.detach(), rtol=1e-4, atol=1e-5)
+    expected = F.linear(F.silu(vectors), head.class_scores.weight, head.class_scores.bias).softmax(-1)
+    assert_close(by_class, expected.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_a_new_head_starts_from_the_text():
+def test_new_head_starts_from_token_frequencies():
     torch.manual_seed(0)
     head = build_head(tiny_config(head_config=HEAD | {"num_classes": 4}).head, 32, 8)
     counts = torch.arange(40)
@@ -99,8 +99,11 @@ def test_a_new_head_starts_from_the_text():
     assert_close(losses, -((counts + 0.5) / (counts + 0.5).sum()).log())
 
 
-def test_bad_fields_are_named_and_it_has_no_likelihood_of_single_tokens():
+def test_it_has_no_likelihood_of_single_tokens():
     assert not isinstance(tiny_model(head_config=HEAD).head, Likelihood)
+
+
+def test_bad_fields_are_named():
     for field in ("num_fine_blocks", "class_rank", "class_embedding_size"):
         with pytest.raises(ValueError, match=f"{field} must be at least 1, got 0"):
             tiny_config(head_config=HEAD | {field: 0})

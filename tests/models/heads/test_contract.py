@@ -1,4 +1,4 @@
-"""What every generative head must do, and a head from outside the package."""
+"""What every generative head must do, and heads from outside the package."""
 
 import importlib
 import sys
@@ -49,7 +49,7 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_the_list_of_heads_is_complete():
+def test_these_tests_cover_every_known_head():
     names = dict.fromkeys(fields["head_type"] for fields in HEADS.values())
     with pytest.raises(ValueError, match=f"known heads: {', '.join(names)}"):
         parse_head_config({"head_type": "magic"})
@@ -92,7 +92,7 @@ def test_a_temperature_that_the_head_does_not_take_is_refused(head_type):
 
 
 @every_head
-def test_damaged_weights_are_told(head_type):
+def test_damaged_weights_are_reported(head_type):
     model = model_with(head_type)
     with torch.no_grad():
         if hasattr(model.head, "norm"):
@@ -107,7 +107,7 @@ def test_damaged_weights_are_told(head_type):
 
 
 @pytest.mark.parametrize("old", ["draw", "draw_at", "begin_with", "read_chunks", "loss"])
-def test_a_head_of_the_old_contract_is_told_what_changed(old):
+def test_methods_of_the_old_contract_are_refused_with_their_new_names(old):
     with pytest.raises(TypeError, match=rf"OldHead.{old} is now .*docs/heads.md"):
         type("OldHead", (GenerativeHead,), {old: lambda self: None})
     with pytest.raises(TypeError, match=r"OldConfig.work is now flops"):
@@ -115,7 +115,7 @@ def test_a_head_of_the_old_contract_is_told_what_changed(old):
 
 
 @every_head
-def test_rows_with_generators_of_their_own_do_not_depend_on_each_other(head_type):
+def test_rows_with_separate_generators_are_independent(head_type):
     head = model_with(head_type).head
     hidden = states(head, 3)
     together = draws_of(head, hidden, 4, [generator(row) for row in range(3)])
@@ -136,37 +136,36 @@ def test_the_loss_follows_the_seed_and_reaches_every_parameter(head_type):
 
 
 @every_head
-def test_the_loss_is_one_number_for_each_position(head_type):
+def test_loss_has_one_value_for_each_position(head_type):
     head = model_with(head_type).head
     posterior = DiagonalGaussian(torch.randn(6, 8), torch.full((6, 8), -1.0))
     loss = loss_of(head, states(head, 6), posterior, generator())
     assert loss.shape == (6,) and loss.isfinite().all()
 
 
-@pytest.mark.parametrize("head_type", sorted(set(HEADS) - {"decoder"}))  # It goes on from the state itself.
-def test_new_heads_start_without_an_effect_of_the_hidden_state(head_type):
-    """The last layer is zero, so training starts from the same loss whatever the backbone says."""
+@pytest.mark.parametrize("head_type", sorted(set(HEADS) - {"decoder"}))  # It transforms the state itself.
+def test_new_heads_draw_the_same_whatever_the_state(head_type):
+    """The last layer is zero, so training starts from the same loss whatever the state is."""
     torch.manual_seed(0)
     head = CalmForCausalLM(tiny_config(head_config=HEADS[head_type])).head
     assert any(isinstance(module, ZeroLinear) for module in head.modules())
-    one, other = (draws_of(head, states(head), 3, generator()) for _ in range(2))
-    assert_close(one, other)
+    first, second = (draws_of(head, states(head), 3, generator()) for _ in range(2))
+    assert_close(first, second)
 
 
 @every_head
-def test_saved_and_loaded(head_type, tmp_path):
+def test_saved_and_loaded_head_draws_the_same(head_type, tmp_path):
     model = model_with(head_type)
     model.save_pretrained(tmp_path)
     loaded = CalmForCausalLM.from_pretrained(tmp_path)
     assert type(loaded.head) is type(model.head) and loaded.config.head == model.config.head
     hidden = states(model.head)
-    one, other = (draws_of(which.head, hidden, 3, generator()) for which in (model, loaded))
-    assert_close(one, other)
+    assert_close(draws_of(loaded.head, hidden, 3, generator()), draws_of(model.head, hidden, 3, generator()))
 
 
 @every_head
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_weights_of_other_types(head_type, dtype):
+def test_heads_work_in_bfloat16_and_float64(head_type, dtype):
     model = model_with(head_type)
     hidden = states(model.head)
     if isinstance(model.head, LatentHead):
@@ -182,7 +181,7 @@ def test_weights_of_other_types(head_type, dtype):
 
 
 @every_head
-def test_mixed_precision(head_type):
+def test_gradients_are_finite_under_autocast(head_type):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model = model_with(head_type).train()
         loss = model(ids, labels=ids, generator=generator()).loss
@@ -191,19 +190,19 @@ def test_mixed_precision(head_type):
 
 
 @every_head
-def test_a_compiled_loss_is_the_loss(head_type):
+def test_compiled_loss_is_the_same(head_type):
     head = model_with(head_type).head
     hidden = states(head, 6)
     posterior = DiagonalGaussian(torch.randn(6, 8), torch.full((6, 8), -1.0))
     target = Target(posterior, torch.randint(3, 40, (6, 4), generator=generator(9)))
     compiled = torch.compile(head.loss, backend="eager")
-    one, other = (loss(hidden, target, generator=generator()) for loss in (compiled, head.loss))
-    assert_close(one, other)
+    expected = head.loss(hidden, target, generator=generator())
+    assert_close(compiled(hidden, target, generator=generator()), expected)
 
 
 @every_head
 def test_a_text_does_not_depend_on_its_neighbours(head_type):
-    """Whatever number of draws a row takes, it has a stream of its own."""
+    """Each row has its own random stream, however many draws the others take."""
     model = model_with(head_type)
     together = model.generate(ids, max_new_tokens=8, seed=3, max_draws=20)
     for row in range(2):
@@ -213,7 +212,7 @@ def test_a_text_does_not_depend_on_its_neighbours(head_type):
 
 @every_head
 @pytest.mark.parametrize("sampler", ["exact", "pool"])
-def test_chunks_at_low_temperature(head_type, sampler):
+def test_every_sampler_works_at_low_temperature(head_type, sampler):
     model = model_with(head_type)
     settings = sampler_from(temperature=0.5, sampler=sampler, num_draws=20, max_draws=20)
     sampled = model.sample_chunks(states(model.head, 3), settings, generator())
@@ -224,10 +223,10 @@ def test_chunks_at_low_temperature(head_type, sampler):
 @every_head
 @pytest.mark.parametrize("draws", [1, 6])
 def test_flops_agree_with_an_independent_counter(head_type, draws):
-    """But for what a head makes of the time alone, once for all positions, and a bias of scores.
+    """Except for what a head computes from the time alone, once for all positions, and biases of logits.
 
-    Rotary angles are a product of matrices in transformers 5.17, and none in 5.23.
-    The counter knows no fused attention of a CPU, and no additions.
+    The counter counts no additions, and does not know the fused attention of CPUs. Rotary angles are a matrix
+    product in transformers 5.17, but not in 5.23.
     """
     model, positions = model_with(head_type), 10
     hidden = states(model.head, positions)
@@ -235,12 +234,14 @@ def test_flops_agree_with_an_independent_counter(head_type, draws):
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         draws_of(model.head, hidden, draws)
     config = model.config.head
-    of_time = 2 * config.calls * (16 * 32 + 32 * 32) if isinstance(config, StepHeadConfig) else 0
-    scored = {"sequential": 40, "classes": 7 + 6, "coarse_to_fine": 7 + 6, "parallel": 40}.get(head_type, 0)
-    of_bias = 2 * positions * draws * 4 * scored
+    time_flops = 2 * config.calls * (16 * 32 + 32 * 32) if isinstance(config, StepHeadConfig) else 0
+    num_biases = {"sequential": 40, "classes": 7 + 6, "coarse_to_fine": 7 + 6, "parallel": 40}.get(
+        head_type, 0
+    )
+    bias_flops = 2 * positions * draws * 4 * num_biases
     expected = positions * (flops.shared + draws * flops.per_draw)
-    of_angles = sum(counter.get_flop_counts().get("LlamaRotaryEmbedding", {}).values())
-    assert counter.get_total_flops() - of_time - of_angles + of_bias == expected
+    angle_flops = sum(counter.get_flop_counts().get("LlamaRotaryEmbedding", {}).values())
+    assert counter.get_total_flops() - time_flops - angle_flops + bias_flops == expected
     cost = cost_of(model.config, Work(draws=draws))
     assert cost.inference["head"] * 4 == pytest.approx(expected / positions)
 
@@ -254,11 +255,11 @@ def test_training_flops_agree_with_an_independent_counter(head_type):
     with FlopCounterMode(display=False) as counter:
         loss_of(model.head, hidden, posterior).sum().backward()
     expected = positions * (flops.training_shared + flops.training_draws * flops.training_per_draw)
-    # No gradient goes to noise, points and times, so their layers take a pass less.
+    # Noise, points and times get no gradient, so their layers save a pass.
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.12)
 
 
-def test_how_a_head_is_drawn_from_can_change():
+def test_sampling_fields_of_a_trained_head_can_change():
     model, hidden = model_with("flow"), torch.randn(2, 32)
     few = model.head.sample_latents(hidden, 3, generator())
     model.change_sampling(num_steps=9, solver="heun")
@@ -326,7 +327,7 @@ def test_bad_fields_are_named(fields, message):
 
 
 @pytest.fixture
-def outside(tmp_path, monkeypatch):
+def external_heads(tmp_path, monkeypatch):
     """The head that docs/heads.md adds, as a module of another package."""
     from calm.models.heads import registry
 
@@ -338,7 +339,7 @@ def outside(tmp_path, monkeypatch):
     sys.modules.pop("shifting_heads", None)
 
 
-def check_the_outside_head_works():
+def check_the_external_head():
     fields = tiny_config().to_dict() | {"head_config": {"head_type": "shift", "width": 0.1}}
     model = CalmForCausalLM(CalmConfig(**fields))
     assert type(model.head).__name__ == "ShiftHead"
@@ -351,22 +352,22 @@ def check_the_outside_head_works():
         cost_of(model.config)
 
 
-def test_a_head_from_outside_the_package(outside):
+def test_head_from_outside_the_package_can_be_registered(external_heads):
     with pytest.raises(ValueError, match="unknown head_type 'shift'"):
         parse_head_config({"head_type": "shift"})
     importlib.import_module("shifting_heads")  # It calls `calm.register_head`.
-    check_the_outside_head_works()
+    check_the_external_head()
 
 
-def test_a_head_of_an_installed_package_is_found_by_its_entry_point(outside):
-    package = outside / "shifting_heads-1.0.dist-info"
+def test_a_head_of_an_installed_package_is_found_by_its_entry_point(external_heads):
+    package = external_heads / "shifting_heads-1.0.dist-info"
     package.mkdir()
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: shifting-heads\nVersion: 1.0\n")
     (package / "entry_points.txt").write_text("[calm.heads]\nshift = shifting_heads\n")
-    check_the_outside_head_works()
+    check_the_external_head()
 
 
-def test_a_configuration_that_is_no_dataclass_is_told():
+def test_configuration_must_be_a_dataclass():
     class Forgotten(HeadConfig):
         width: float = 1.0
 
@@ -374,7 +375,7 @@ def test_a_configuration_that_is_no_dataclass_is_told():
         register_head("forgotten", Forgotten, LatentHead)
 
 
-def test_noise_of_another_form_is_told():
+def test_noise_must_be_a_named_tuple_of_tensors():
     model = model_with("flow")
     model.head.draw_noise = lambda *_: torch.zeros(1, 3)
     with pytest.raises(TypeError, match=r"FlowHead.draw_noise must return a named tuple of tensors or None"):

@@ -1,4 +1,4 @@
-"""The decoder head against the enumeration of all chunks, and against the layers of the source."""
+"""The decoder head against the enumeration of all chunks."""
 
 import itertools
 
@@ -30,7 +30,7 @@ def model_of(size: int, **changes) -> CalmForCausalLM:
 
 
 def chunks_of(size: int) -> torch.Tensor:
-    """All chunks there are, (V^K, K), the last token changing fastest."""
+    """All possible chunks, (V^K, K), in lexicographic order."""
     return torch.tensor(list(itertools.product(range(VOCABULARY[size]), repeat=size)))
 
 
@@ -49,7 +49,7 @@ def states_of(model, number: int = 3):
 
 
 @pytest.mark.parametrize("size", VOCABULARY)
-def test_the_loss_is_that_of_a_distribution(size):
+def test_probabilities_from_the_loss_sum_to_one(size):
     model = model_of(size)
     assert isinstance(model.head, Likelihood) and isinstance(model.head, TokenDistributions)
     probabilities = log_distributions(model, states_of(model)).exp()
@@ -63,36 +63,36 @@ def test_draws_follow_the_distribution_of_the_loss(size, temperature):
     """At T each token has its distribution to the power 1/T, normalized, given the tokens before it."""
     model, number = model_of(size), 20_000
     vocabulary, states = VOCABULARY[size], states_of(model)
-    left = log_distributions(model, states).unflatten(-1, (vocabulary,) * size)
-    wanted = torch.zeros_like(left)
-    for place in range(size):
-        given = left.flatten(place + 2).logsumexp(-1) if place < size - 1 else left
-        log_p = (given / temperature).log_softmax(place + 1)
-        wanted = wanted + log_p.reshape(*log_p.shape, *(1,) * (size - 1 - place))
-    wanted = wanted.exp().flatten(1)
+    log_joint = log_distributions(model, states).unflatten(-1, (vocabulary,) * size)
+    expected = torch.zeros_like(log_joint)
+    for index in range(size):
+        marginal = log_joint.flatten(index + 2).logsumexp(-1) if index < size - 1 else log_joint
+        log_p = (marginal / temperature).log_softmax(index + 1)
+        expected = expected + log_p.reshape(*log_p.shape, *(1,) * (size - 1 - index))
+    expected = expected.exp().flatten(1)
     drawn = model.head.draw_chunks(
         model.head.prepare(states), number, torch.Generator().manual_seed(1), temperature
     )
     powers = vocabulary ** torch.arange(size - 1, -1, -1)
-    seen = F.one_hot((drawn * powers).sum(-1), vocabulary**size).double().mean(0)
-    # So many standard errors in 243 shares are met once in thousands of seeds.
-    assert ((seen - wanted).abs() < 4.5 * (wanted * (1 - wanted) / number).sqrt() + 1e-5).all()
+    actual = F.one_hot((drawn * powers).sum(-1), vocabulary**size).double().mean(0)
+    # One of 243 frequencies is this many standard errors off for about one seed in 600.
+    assert ((actual - expected).abs() < 4.5 * (expected * (1 - expected) / number).sqrt() + 1e-5).all()
 
 
 @pytest.mark.parametrize("size", VOCABULARY)
-def test_what_is_told_of_tokens_agrees(size):
+def test_token_probabilities_distributions_and_losses_agree(size):
     model = model_of(size)
     states, tokens = states_of(model, 4), chunks_of(size)[[1, 4, 7, 8]]
-    found = model.head.token_probabilities(states, tokens, 0.5)
-    for place in range(size):
-        p_PV = model.head.token_distribution(states, tokens, place, 0.5)
+    statistics = model.head.token_probabilities(states, tokens, 0.5)
+    for index in range(size):
+        p_PV = model.head.token_distribution(states, tokens, index, 0.5)
         assert_close(p_PV.sum(-1), torch.ones(4))
-        assert_close(found.of_token_PK[:, place], p_PV.gather(1, tokens[:, place, None]).squeeze(-1))
-        assert_close(found.of_pair_PK[:, place], p_PV.square().sum(-1))
-        assert_close(found.highest_PK[:, place], p_PV.amax(-1))
+        assert_close(statistics.of_token_PK[:, index], p_PV.gather(1, tokens[:, index, None]).squeeze(-1))
+        assert_close(statistics.of_pair_PK[:, index], p_PV.square().sum(-1))
+        assert_close(statistics.highest_PK[:, index], p_PV.amax(-1))
         other = tokens.clone()
-        other[:, place:] = (other[:, place:] + 1) % VOCABULARY[size]
-        assert_close(p_PV, model.head.token_distribution(states, other, place, 0.5))
+        other[:, index:] = (other[:, index:] + 1) % VOCABULARY[size]
+        assert_close(p_PV, model.head.token_distribution(states, other, index, 0.5))
     at_one = model.head.token_probabilities(states, tokens).of_token_PK
     assert_close(-at_one.log(), model.head.token_losses(states, tokens))
 
@@ -103,21 +103,21 @@ def test_greedy_draws_are_the_likeliest_tokens(size):
     states = states_of(model, 6)
     drawn = model.head.draw_chunks(model.head.prepare(states), 2, temperature=0.0)
     assert torch.equal(drawn[0], drawn[1])
-    for place in range(size):
-        likeliest = model.head.token_distribution(states, drawn[0], place).argmax(-1)
-        assert torch.equal(drawn[0, :, place], likeliest)
+    for index in range(size):
+        likeliest = model.head.token_distribution(states, drawn[0], index).argmax(-1)
+        assert torch.equal(drawn[0, :, index], likeliest)
 
 
-def test_the_update_of_the_backbone_reaches_every_place():
+def test_update_of_the_backbone_affects_every_token():
     model = model_of(4, vocab_size=40)
     states, tokens = states_of(model), ids[:1, :4].expand(3, -1)
     changed = states + F.pad(torch.ones(3, 32), (0, 32))
-    losses = [model.head.token_losses(one, tokens) for one in (states, changed)]
+    losses = [model.head.token_losses(states_PD, tokens) for states_PD in (states, changed)]
     assert (losses[0] - losses[1]).abs().amin() > 1e-6
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (0, 1), (2, 0)])
-def test_layers_may_be_missing(first, last):
+def test_first_and_last_layers_are_optional(first, last):
     model = model_of(2, vocab_size=40, head_config={**HEAD, "first_layers": first, "last_layers": last})
     drawn = model.head.draw_chunks(model.head.prepare(states_of(model)), 1, temperature=0.0)[0]
     second = model.head.token_distribution(states_of(model), drawn, 1)
@@ -131,7 +131,7 @@ def test_the_shared_embeddings_are_trained_whatever_the_backbone_reads(reads):
     assert model.backbone.embed_tokens.weight.grad.abs().sum() > 0
 
 
-def test_what_cannot_be_is_refused():
+def test_bad_fields_are_named():
     with pytest.raises(ValueError, match="last_layers must be from 0"):
         tiny_config(head_config={**HEAD, "last_layers": -1})
     with pytest.raises(ValueError, match="input_projection 'last' requires backbone_input 'tokens'"):
@@ -143,13 +143,13 @@ def test_what_cannot_be_is_refused():
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
-def test_a_saved_model_is_the_same(is_tied, tmp_path):
+def test_saved_and_loaded_model_has_the_same_loss(is_tied, tmp_path):
     model = model_of(4, vocab_size=40)
     if not is_tied:
         model = CalmForCausalLM(tiny_config(head_config={**HEAD, "has_tied_scores": False})).double().eval()
     model.save_pretrained(tmp_path)
-    again = CalmForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
-    assert torch.equal(model(ids, labels=ids).loss, again(ids, labels=ids).loss)
-    assert again.config.final_norm is False and again.config.input_projection == "last"
-    has_scores = any(name.startswith("head.scores") for name, _ in again.named_parameters())
+    loaded = CalmForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert torch.equal(model(ids, labels=ids).loss, loaded(ids, labels=ids).loss)
+    assert loaded.config.final_norm is False and loaded.config.input_projection == "last"
+    has_scores = any(name.startswith("head.scores") for name, _ in loaded.named_parameters())
     assert has_scores is not is_tied

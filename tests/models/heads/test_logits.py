@@ -1,4 +1,4 @@
-"""Scores of a whole vocabulary: a draw that is compiled is the one that is not."""
+"""Draws from logits over a whole vocabulary: as they are traced for compilation, against eager ones."""
 
 import pytest
 import torch
@@ -8,20 +8,20 @@ from calm.models.heads.logits import draw_tokens
 
 @pytest.fixture(scope="module")
 def traced():
-    """`draw_tokens` as it is when it is compiled; nothing is compiled here."""
+    """`draw_tokens` as it is traced for compilation, without compiling it."""
     return torch.compile(draw_tokens, backend="eager", dynamic=True)
 
 
 @pytest.mark.parametrize("vocab_size", [3, 64, 200, 4096])
 @pytest.mark.parametrize("spread", [0.0, 1.0, 30.0])
-def test_traced_draws_are_the_same(vocab_size, spread, traced):
+def test_traced_draws_match_eager_draws(vocab_size, spread, traced):
     torch.manual_seed(vocab_size)
     table = spread * torch.randn(vocab_size, 8)
     vectors, uniform = torch.randn(500, 8), torch.rand(500)
-    uniform[:2] = torch.tensor([0.0, 1 - 2**-24])  # The least and the largest that there are.
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-24])  # The smallest and the largest possible number.
     plain, sums = draw_tokens(vectors, table, uniform)
     tokens, totals = traced(vectors, table, uniform)
-    # Sums in another order round in another way: a number may lie on the other side of a border.
+    # Sums in another order round differently: a number may lie on the other side of a border.
     assert (tokens == plain).float().mean() >= 0.995
     assert (tokens - plain).abs().max() <= 1 or spread > 1
     assert sums.isfinite().all() and totals.isfinite().all()
@@ -35,23 +35,23 @@ def test_tokens_without_probability_are_not_drawn(traced):
 
 
 def test_rounding_at_the_end_of_a_group_draws_no_token_without_probability(traced):
-    """A group is summed as a whole, and then token by token, which may come to less."""
-    scores = 3 * torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
-    scores[:, 63::64] = -300.0
-    groups = torch.nn.functional.pad(scores, (0, -1000 % 64), value=-torch.inf).view(-1, 64)
-    sums = (groups - scores.max()).exp().sum(-1).cumsum(-1)
+    """A group is summed as a whole and then token by token, which may give less."""
+    logits = 3 * torch.randn(1, 1000, generator=torch.Generator().manual_seed(0))
+    logits[:, 63::64] = -300.0
+    groups = torch.nn.functional.pad(logits, (0, -1000 % 64), value=-torch.inf).view(-1, 64)
+    sums = (groups - logits.max()).exp().sum(-1).cumsum(-1)
     borders = [sums[:-1] / sums[-1]]
-    for way in (0.0, 1.0):
+    for direction in (0.0, 1.0):
         near = borders[0]
         for _ in range(4):
-            near = near.nextafter(torch.tensor(way))
+            near = near.nextafter(torch.tensor(direction))
             borders.append(near)
     uniform = torch.cat(borders)
-    tokens, _ = traced(torch.ones(len(uniform), 1), scores.T, uniform)
+    tokens, _ = traced(torch.ones(len(uniform), 1), logits.T, uniform)
     assert not (tokens % 64 == 63).any()
 
 
-def test_totals_tell_of_scores_that_are_not_finite(traced):
+def test_totals_are_not_finite_if_logits_are_not(traced):
     vectors = torch.tensor([[1.0], [torch.nan], [torch.inf]])
     _, totals = traced(vectors, torch.ones(70, 1), torch.rand(3))
     assert totals.isfinite().tolist() == [True, False, False]

@@ -47,14 +47,14 @@ def log_distributions(head, states):
     return torch.stack(distributions).unflatten(-1, (VOCABULARY, VOCABULARY)).detach()
 
 
-def shares(model, draws):
-    """How often each chunk was drawn, (P, V, V)."""
+def chunk_frequencies(draws):
+    """Share of the draws of each chunk, (P, V, V)."""
     first, second = draws.unbind(-1)
     counts = F.one_hot(VOCABULARY * first + second, VOCABULARY**2).double().mean(0)
     return counts.unflatten(-1, (VOCABULARY, VOCABULARY))
 
 
-def test_the_loss_is_that_of_a_distribution(small):
+def test_probabilities_from_the_loss_sum_to_one(small):
     distributions = log_distributions(small.head, torch.randn(3, small.config.state_size)).exp()
     assert_close(distributions.sum((1, 2)), torch.ones(3))
     assert distributions.std() > 0.02
@@ -66,50 +66,47 @@ def test_draws_follow_the_distribution_of_the_loss(small, temperature):
     states, number = torch.randn(3, small.config.state_size), 40_000
     distributions = log_distributions(small.head, states).double()
     first, given = distributions.logsumexp(-1), distributions.log_softmax(-1)
-    wanted = (first / temperature).softmax(-1)[..., None] * (given / temperature).softmax(-1)
+    expected = (first / temperature).softmax(-1)[..., None] * (given / temperature).softmax(-1)
     prepared, generator = small.head.prepare(states), torch.Generator().manual_seed(1)
-    seen = shares(small, small.head.draw_chunks(prepared, number, generator, temperature))
-    # So many standard errors in 75 shares are met once in tens of thousands of seeds.
-    assert ((seen - wanted).abs() < 4.5 * (wanted * (1 - wanted) / number).sqrt() + 1e-9).all()
+    actual = chunk_frequencies(small.head.draw_chunks(prepared, number, generator, temperature))
+    # One of 75 frequencies is this many standard errors off for about one seed in 2,000.
+    assert ((actual - expected).abs() < 4.5 * (expected * (1 - expected) / number).sqrt() + 1e-9).all()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_probabilities_of_tokens_are_those_of_the_distribution(small, temperature, monkeypatch):
-    """And two draws of a token agree with the sum of the squares of its distribution."""
+def test_token_probabilities_match_the_enumeration(small, temperature, monkeypatch):
+    """They are the token's probability, the sum of squares of its distribution, and its maximum."""
     states = torch.randn(3, small.config.state_size)
     distributions = log_distributions(small.head, states).double()
     first = (distributions.logsumexp(-1) / temperature).softmax(-1)
     given = (distributions / temperature).softmax(-1)
     monkeypatch.setattr("calm.core.cross_entropy.LOGITS_AT_ONCE", 3 * VOCABULARY)  # In parts.
     for chunk in ([0, 0], [2, 4], [4, 1]):
-        found = small.head.token_probabilities(states, torch.tensor([chunk] * 3), temperature)
-        wanted = torch.stack([first[:, chunk[0]], given[:, chunk[0], chunk[1]]], dim=-1)
+        statistics = small.head.token_probabilities(states, torch.tensor([chunk] * 3), temperature)
+        of_token = torch.stack([first[:, chunk[0]], given[:, chunk[0], chunk[1]]], dim=-1)
         squares = torch.stack([first.square().sum(-1), given[:, chunk[0]].square().sum(-1)], dim=-1)
         highest = torch.stack([first.amax(-1), given[:, chunk[0]].amax(-1)], dim=-1)
-        for seen, distribution in zip(found, (wanted, squares, highest), strict=True):
-            assert_close(seen.detach().double(), distribution, rtol=1e-5, atol=1e-6)
+        for actual, expected in zip(statistics, (of_token, squares, highest), strict=True):
+            assert_close(actual.detach().double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_draw_at_temperature_one_is_a_draw(small):
+def test_temperature_1_is_the_default(small):
     prepared = small.head.prepare(torch.randn(3, small.config.state_size))
-    one, other = (
-        draw(torch.Generator().manual_seed(4))
-        for draw in (
-            lambda generator: small.head.draw_chunks(prepared, 5, generator, 1.0),
-            lambda generator: small.head.draw_chunks(prepared, 5, generator),
-        )
-    )
-    assert torch.equal(one, other)
+    at_one = small.head.draw_chunks(prepared, 5, torch.Generator().manual_seed(4), 1.0)
+    assert torch.equal(at_one, small.head.draw_chunks(prepared, 5, torch.Generator().manual_seed(4)))
+
+
+def test_temperatures_out_of_range_are_refused(small):
+    prepared = small.head.prepare(torch.randn(3, small.config.state_size))
     with pytest.raises(ValueError, match="takes temperatures from 0 to 1, got -1"):
         small.head.draw_chunks(prepared, 1, temperature=-1)
-    with pytest.raises(
-        ValueError, match=r"temperature from 0.01 to 1, got 0"
-    ):  # No distribution has that temperature.
+    # Distributions at temperature 0 are not supported, only greedy draws.
+    with pytest.raises(ValueError, match=r"temperature from 0.01 to 1, got 0"):
         small.head.token_probabilities(torch.randn(1, small.config.state_size), torch.ones(1, 2).long(), 0)
 
 
-def test_a_text_is_drawn_from_the_distribution_of_the_text_so_far(small):
-    """Backbone, own embeddings and head together: what follows a prompt, against the loss of the whole."""
+def test_loss_of_a_text_matches_the_head_after_its_prompt(small):
+    """Backbone, own embeddings and head together: the chunk after a prompt, against the loss of the text."""
     prompt, chunks = torch.tensor([[3, 4, 1, 3]]), itertools.product(range(VOCABULARY), repeat=SIZE)
     texts = torch.cat([prompt.expand(25, -1), torch.tensor(list(chunks))], dim=-1)
     labels = texts.clone()
@@ -124,34 +121,34 @@ def test_a_text_is_drawn_from_the_distribution_of_the_text_so_far(small):
     )
 
 
-def test_the_window_reaches_back_into_the_chunk_before():
-    """Whatever the backbone says: another last token of a chunk changes the distribution of the next one."""
+def test_window_reaches_into_the_previous_chunk():
+    """With the backbone's state unchanged, the last token of a chunk affects the distribution of the next."""
     model = tiny_model(head_config=HEAD)
     changed = ids.clone()
     changed[:, 7] = 3 + (changed[:, 7] - 2) % 37
     width = model.config.hidden_size
-    one, other = (model.hidden_states_of_chunks(tokens)[:, 1] for tokens in (ids, changed))
-    other = torch.cat([one[:, :width], other[:, width:]], dim=-1)
+    before, after = (model.hidden_states_of_chunks(tokens)[:, 1] for tokens in (ids, changed))
+    after = torch.cat([before[:, :width], after[:, width:]], dim=-1)
     tokens = ids[:, 8:12]
-    losses = [model.head.loss(state, Target(None, tokens)) for state in (one, other)]
+    losses = [model.head.loss(state, Target(None, tokens)) for state in (before, after)]
     assert (losses[0] - losses[1]).abs().min() > 1e-4
-    assert one.shape == (2, model.config.state_size) == (2, 32 + 4 * 5)
+    assert before.shape == (2, model.config.state_size) == (2, 32 + 4 * 5)
 
 
 @pytest.mark.parametrize("head", KINDS)
-def test_scores_in_parts_are_the_scores(head, monkeypatch):
-    model, found = tiny_model(head_config=KINDS[head]), []
-    for at_once in (2**26, 40 * 7):
-        monkeypatch.setattr("calm.core.cross_entropy.LOGITS_AT_ONCE", at_once)
+def test_logits_computed_in_parts_give_the_same_results(head, monkeypatch):
+    model, results = tiny_model(head_config=KINDS[head]), []
+    for logits_at_once in (2**26, 40 * 7):
+        monkeypatch.setattr("calm.core.cross_entropy.LOGITS_AT_ONCE", logits_at_once)
         model.zero_grad()
         loss = model.train()(ids, labels=ids).loss
         loss.backward()
         gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-        found.append([loss.detach(), *gradients, model.eval().generate(ids, max_new_tokens=12, seed=3)])
-    assert_close(found[0], found[1])
+        results.append([loss.detach(), *gradients, model.eval().generate(ids, max_new_tokens=12, seed=3)])
+    assert_close(results[0], results[1])
 
 
-def test_a_token_is_chosen_by_the_running_sum_of_its_distribution():
+def test_token_is_chosen_by_the_cumulative_sum_of_its_distribution():
     distributions = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
     points = torch.tensor([0.0, 0.24, 0.26, 0.999, 1 - 2**-24])
     chosen, sums = draw_tokens(torch.ones(5, 1), distributions.log().T.nan_to_num(neginf=-1e9), points)
@@ -159,7 +156,7 @@ def test_a_token_is_chosen_by_the_running_sum_of_its_distribution():
     assert_close(sums, torch.ones(5))
 
 
-def test_the_sampler_of_the_head():
+def test_head_sampler_makes_one_draw_at_the_temperature():
     model = tiny_model(head_config=HEAD)
     assert default_sampler(model.config.head, 0.5) == "head"
     state = torch.randn(3, model.config.state_size)
@@ -170,17 +167,15 @@ def test_the_sampler_of_the_head():
     assert sample.num_draws_R.tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("at_once", [2**26, 40 * 2])
+@pytest.mark.parametrize("logits_at_once", [2**26, 40 * 2])
 @pytest.mark.parametrize("head", KINDS)
-def test_temperature_0_is_greedy_decoding(head, at_once, monkeypatch):
-    monkeypatch.setattr("calm.core.cross_entropy.LOGITS_AT_ONCE", at_once)
+def test_temperature_0_is_greedy_decoding(head, logits_at_once, monkeypatch):
+    monkeypatch.setattr("calm.core.cross_entropy.LOGITS_AT_ONCE", logits_at_once)
     torch.manual_seed(2)
     model = tiny_model(head_config=KINDS[head])
     with torch.no_grad():
-        for weight in (
-            model.head.out.weight,
-            model.head.direct.weight,
-        ):  # Else no distribution depends on the text.
+        # At zero, as in a new head, no distribution would depend on the text.
+        for weight in (model.head.out.weight, model.head.direct.weight):
             weight.normal_()
     written = model.generate(ids, max_new_tokens=8, temperature=0.0, seed=1, return_dict_in_generate=True)
     assert written.num_draws.max() == 1
@@ -188,73 +183,79 @@ def test_temperature_0_is_greedy_decoding(head, at_once, monkeypatch):
     state = torch.randn(5, model.config.state_size)
     settings = sampler_from(temperature=0.0, sampler=default_sampler(model.config.head, 0.0))
     chunks = model.sample_chunks(state, settings).chunks_RK
-    for place in range(4):  # No other token at this place is likelier, whatever stands before it.
+    for index in range(4):  # No other token is likelier, given those before it.
         others = chunks.repeat_interleave(40, 0)
-        others[:, place] = torch.arange(40).repeat(5)
-        losses = model.head.token_losses(state.repeat_interleave(40, 0), others)[:, place].view(5, 40)
-        assert torch.equal(losses.argmin(-1), chunks[:, place])
+        others[:, index] = torch.arange(40).repeat(5)
+        losses = model.head.token_losses(state.repeat_interleave(40, 0), others)[:, index].view(5, 40)
+        assert torch.equal(losses.argmin(-1), chunks[:, index])
     assert len(chunks.unique(dim=0)) > 1
 
 
-@pytest.mark.parametrize("trained", [False, True])
-def test_a_teacher_is_learned_from_as_from_the_distributions(small, trained):
-    """Cross-entropy and divergence, from distributions that `token_distribution` gives."""
+@pytest.mark.parametrize("needs_gradients", [False, True])
+def test_distillation_losses_match_those_of_full_distributions(small, needs_gradients):
+    """Cross-entropy and KL divergence, computed from what `token_distribution` gives."""
     head, states = small.head, torch.randn(6, small.config.state_size)
     tokens, weights = torch.randint(0, VOCABULARY, (6, SIZE)), torch.rand(12)
     soft_targets = SoftTargets(torch.randn(12, 4), torch.randn(VOCABULARY, 4), None, weights, 2.0)
-    with torch.set_grad_enabled(trained):
-        found = head.distillation_losses(states, tokens, soft_targets)
-    told = (soft_targets.states_MY @ soft_targets.table_UY.T / 2).log_softmax(-1).view(6, SIZE, VOCABULARY)
-    for place in range(SIZE):
-        p = head.token_distribution(states, tokens, place)
-        own = -p.log().gather(1, tokens[:, place, None]).squeeze(1)
-        q = told[:, place]
-        far = (q.exp() * (q - (p.log() / 2).log_softmax(-1))).sum(-1)
-        share = weights.view(6, SIZE)[:, place]
-        assert_close(found[:, place], (1 - share) * own + share * 4 * far, rtol=1e-4, atol=1e-5)
-    if trained:
-        found.sum().backward()
+    with torch.set_grad_enabled(needs_gradients):
+        actual = head.distillation_losses(states, tokens, soft_targets)
+    teacher = (soft_targets.states_MY @ soft_targets.table_UY.T / 2).log_softmax(-1).view(6, SIZE, VOCABULARY)
+    for index in range(SIZE):
+        p = head.token_distribution(states, tokens, index)
+        cross_entropy = -p.log().gather(1, tokens[:, index, None]).squeeze(1)
+        log_q = teacher[:, index]
+        divergence = (log_q.exp() * (log_q - (p.log() / 2).log_softmax(-1))).sum(-1)
+        weight = weights.view(6, SIZE)[:, index]
+        expected = (1 - weight) * cross_entropy + weight * 4 * divergence
+        assert_close(actual[:, index], expected, rtol=1e-4, atol=1e-5)
+    if needs_gradients:
+        actual.sum().backward()
         assert all(p.grad is not None for name, p in head.named_parameters() if "scores" in name)
 
 
 def test_classes_are_of_equal_size_and_never_empty():
-    for vocab_size, asked, size, filled in ((40, 7, 6, 7), (5, 4, 2, 3), (5, 9, 1, 5), (40, 40, 1, 40)):
-        config = tiny_config(vocab_size=vocab_size, head_config=HEAD | {"num_classes": asked}).head
-        assert (config.class_size, config.num_filled_classes) == (size, filled)
+    for vocab_size, num_classes, size, num_filled in (
+        (40, 7, 6, 7),
+        (5, 4, 2, 3),
+        (5, 9, 1, 5),
+        (40, 40, 1, 40),
+    ):
+        config = tiny_config(vocab_size=vocab_size, head_config=HEAD | {"num_classes": num_classes}).head
+        assert (config.class_size, config.num_filled_classes) == (size, num_filled)
 
 
-def test_a_new_head_with_classes_starts_from_the_text():
-    """Every distribution is that of single tokens, whatever the classes; those of like neighbours are one."""
+def test_new_head_with_classes_starts_from_counts_and_neighbours():
+    """Every distribution has the token frequencies; tokens with the same neighbours share a class."""
     torch.manual_seed(0)
     head = build_head(tiny_config(head_config=HEAD | {"num_classes": 4}).head, 32, 8)
-    counts, alike = torch.arange(40), torch.arange(40) % 4
+    counts, groups = torch.arange(40), torch.arange(40) % 4
     neighbours = torch.zeros(40, 8)
-    neighbours[torch.arange(40), alike] = 50
+    neighbours[torch.arange(40), groups] = 50
     head.init_from_neighbours(lambda: neighbours)
     head.init_from_counts(lambda: counts)
     with torch.no_grad():
         for weight in (head.out.weight, head.out.bias, head.direct.weight, head.direct.bias):
             weight.zero_()
         states = torch.randn(3, 32 + head.config.extra_state_size)
-        seen = head.token_distribution(states, torch.zeros(3, 4, dtype=torch.long), 1)
-    assert_close(seen, ((counts + 0.5) / (counts + 0.5).sum()).expand(3, -1))
+        actual = head.token_distribution(states, torch.zeros(3, 4, dtype=torch.long), 1)
+    assert_close(actual, ((counts + 0.5) / (counts + 0.5).sum()).expand(3, -1))
     classes = head.tokens_by_class.view(4, 10)
     assert {frozenset((row % 4).tolist()) for row in classes} == {frozenset({n}) for n in range(4)}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_a_traced_draw_is_the_same(temperature):
+def test_traced_draw_matches_the_eager_draw(temperature):
     model = tiny_model(head_config=KINDS["classes"])
     vocabulary, size = model.head._vocabulary(), model.config.head.vector_size
-    traced = torch.compile(lambda *given: vocabulary.draw(*given, temperature), backend="eager", dynamic=True)
+    traced = torch.compile(lambda *args: vocabulary.draw(*args, temperature), backend="eager", dynamic=True)
     with torch.no_grad():
         vectors, uniform = 3 * torch.randn(500, size), torch.rand(500)
-        uniform[:2] = torch.tensor([0.0, 1 - 2**-24])  # The least and the largest that there are.
+        uniform[:2] = torch.tensor([0.0, 1 - 2**-24])  # The smallest and the largest possible number.
         assert (traced(vectors, uniform)[0] == vocabulary.draw(vectors, uniform, temperature)[0]).all()
 
 
 def test_the_lower_edge_of_a_class_draws_no_token_without_probability():
-    """64 classes of 4 tokens, all alike but for the first of each class, which never occurs."""
+    """64 classes of 4 tokens, all equally likely except the first of each class, which never occurs."""
     bias = torch.zeros(256)
     bias[::4] = -60.0
     tokens = ClassedTokens(torch.zeros(256, 3), bias, torch.arange(256), 4)
@@ -266,7 +267,7 @@ def test_the_lower_edge_of_a_class_draws_no_token_without_probability():
         assert (tokens // 4 == (uniform * 64).floor()).all()
 
 
-def test_classes_that_are_no_order_of_the_tokens_are_told(tmp_path):
+def test_classes_must_contain_every_token_exactly_once(tmp_path):
     model = tiny_model(head_config=KINDS["classes"])
     for damaged in (torch.zeros(40).long(), torch.arange(40) - 1, torch.arange(40) + 1):
         model.head.tokens_by_class.copy_(damaged)
@@ -284,7 +285,7 @@ def test_bad_fields_are_named():
         tiny_config(head_config=HEAD | {"layer_norm_eps": 0.0})
 
 
-def test_it_alone_has_a_likelihood_among_the_heads_of_codes():
+def test_it_has_a_likelihood_unlike_categorical_flow_and_energy():
     assert isinstance(tiny_model(head_config=HEAD).head, Likelihood)
     assert not isinstance(tiny_model(head_config={"head_type": "categorical_flow"}).head, Likelihood)
     assert not isinstance(tiny_model().head, Likelihood)

@@ -140,7 +140,7 @@ class ChunkBatch:
                 self._open.select(_active(self._open)) if self._open is not None and self._rows else None
             )
         except Exception as error:
-            logger.debug("finished rows stay in memory (%s)", reason_of(error))
+            logger.warning("finished rows stay in memory (%s)", reason_of(error))
         admitted: list[OpenRows] = []
         while self._ready and (free := self._limits.max_rows - len(self._rows) - _count(admitted)) > 0:
             failed += self._admit_next(free, admitted.append)
@@ -185,7 +185,7 @@ class ChunkBatch:
                 failed = _fail(self._rows, error)
                 self._open = None
                 return [*failed]
-            logger.debug("a step of %d rows failed (%s)", len(self._rows), reason_of(error))
+            logger.warning("a step of %d rows failed (%s)", len(self._rows), reason_of(error))
         assert self._open is not None
         tried = [self._try_alone(index) for index in _active(self._open)]
         failed = [failure for failure in tried if failure is not None]
@@ -250,7 +250,7 @@ class ChunkBatch:
         try:
             self._open = OpenRows.concat(remaining) if remaining else None
         except Exception as error:
-            logger.debug("half of the rows are waiting for memory (%s)", reason_of(error))
+            logger.warning("half of the rows are waiting for memory (%s)", reason_of(error))
             self._ready[:0] = remaining[1:]
         return results
 

@@ -173,10 +173,12 @@ class GenerativeHead(nn.Module, abc.ABC):
         if lowest <= temperature <= 1 and not (is_asked and lowest == 1):
             return
         if lowest == 1:
-            raise ValueError(f"a {name} head does not take a temperature; use the sampler 'exact' or 'pool'.")
+            raise ValueError(
+                f"the {name} head does not take a temperature; use the sampler 'exact' or 'pool'."
+            )
         at_zero = "; sampler='pool' gives the most frequent chunk at 0" if lowest > 0 else ""
         raise ValueError(
-            f"a {name} head takes temperatures from {lowest:g} to 1, got {temperature:g}{at_zero}."
+            f"the {name} head takes temperatures from {lowest:g} to 1, got {temperature:g}{at_zero}."
         )
 
 
