@@ -15,14 +15,14 @@ from calm.data.tokenizer import train_tokenizer
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A model of tokens, a CALM with its tokenizer, and others that do not go with it."""
+    """A token-level model and a CALM that can draft for it, and models that do not fit together."""
     root, tokenizer = tmp_path_factory.mktemp("models"), train_tokenizer(stories(0, 20), 320)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    forgetful = MistralConfig(vocab_size=320, num_key_value_heads=2, sliding_window=8, **sizes)
+    sliding = MistralConfig(vocab_size=320, num_key_value_heads=2, sliding_window=8, **sizes)
     models = {
         "model": deciding_model(320),
         "draft": drafting_model(vocab_size=320),
-        "forgetful": MistralForCausalLM(forgetful),
+        "sliding": MistralForCausalLM(sliding),
     }
     for name, model in models.items():
         model.float().save_pretrained(root / name)
@@ -32,23 +32,23 @@ def folders(tmp_path_factory):
     return root
 
 
-def said(capsys, *arguments):
-    main([str(one) for one in arguments])
+def output_of(capsys, *arguments):
+    main([str(argument) for argument in arguments])
     return capsys.readouterr().out
 
 
-def test_greedily_the_text_is_the_same(folders, capsys):
+def test_greedy_text_is_the_same_with_a_draft(folders, capsys):
     arguments = ["generate", folders / "model", "Once upon", "A dog", "--max_new_tokens", 9]
     arguments += ["--temperature", 0, "--json"]
-    alone = json.loads(said(capsys, *arguments))
+    expected = json.loads(output_of(capsys, *arguments))
     for options in ([], ["--draft_chunks", 2]):
-        assert json.loads(said(capsys, *arguments, "--draft", folders / "draft", *options)) == alone
+        assert json.loads(output_of(capsys, *arguments, "--draft", folders / "draft", *options)) == expected
 
 
-def test_draws_are_repeatable_and_can_be_streamed(folders, capsys):
+def test_drafted_text_is_repeatable_and_can_be_streamed(folders, capsys):
     arguments = ["generate", folders / "model", "Once upon", "--draft", folders / "draft", "--seed", 1]
     arguments += ["--max_new_tokens", 9, "--temperature", 1]
-    once, again, streamed = (said(capsys, *arguments, *more) for more in ([], [], ["--stream"]))
+    once, again, streamed = (output_of(capsys, *arguments, *more) for more in ([], [], ["--stream"]))
     assert once == again == streamed
 
 
@@ -67,18 +67,18 @@ def test_draws_are_repeatable_and_can_be_streamed(folders, capsys):
             "model x --draft foreign",
             "'foreign' cannot draft for this model: their vocabularies differ, as id",
         ),
-        ("forgetful x --draft draft", "discards old tokens, so its cache cannot be rolled back"),
+        ("sliding x --draft draft", "discards old tokens, so its cache cannot be rolled back"),
         ("model x --draft draft --sampler pool", "the pool sampler is only for models without probabilities"),
     ],
 )
-def test_what_cannot_be_drafted_is_said_in_one_sentence(folders, arguments, message, capsys, monkeypatch):
+def test_unsuitable_drafts_are_refused_in_one_sentence(folders, arguments, message, capsys, monkeypatch):
     monkeypatch.chdir(folders)
     assert message in failure(capsys, "generate", *arguments.split())
 
 
-def test_the_draft_of_a_text_may_be_in_another_precision(folders, capsys, monkeypatch):
+def test_draft_may_have_another_precision(folders, capsys, monkeypatch):
     monkeypatch.chdir(folders)
     drafting_model(vocab_size=320).to(torch.bfloat16).save_pretrained(folders / "half")
     train_tokenizer(stories(0, 20), 320).save_pretrained(folders / "half")
     arguments = ["generate", "model", "Once upon", "--max_new_tokens", 9, "--temperature", 0]
-    assert said(capsys, *arguments) == said(capsys, *arguments, "--draft", "half")
+    assert output_of(capsys, *arguments) == output_of(capsys, *arguments, "--draft", "half")

@@ -1,4 +1,4 @@
-"""What there is: recipes and models."""
+"""`calm recipes` and `calm models`."""
 
 import json
 import shutil
@@ -15,23 +15,23 @@ from calm.training.recipe import Recipe
 from calm.training.recipe_settings import shipped_recipes
 
 
-def figures(capsys, *arguments):
+def json_of(capsys, *arguments):
     main([*arguments, "--json"])
     return json.loads(capsys.readouterr().out)
 
 
-def test_recipes(capsys):
-    found = figures(capsys, "recipes")
+def test_recipes_are_listed_with_a_description(capsys):
+    recipes = json_of(capsys, "recipes")
     for command, kind in (("train", Recipe), ("finetune", FinetuningRecipe)):
-        assert found[command].keys() == shipped_recipes(kind).keys()
-        assert all(len(about) > 50 for about in found[command].values())
+        assert recipes[command].keys() == shipped_recipes(kind).keys()
+        assert all(len(description) > 50 for description in recipes[command].values())
     main(["recipes"])
     out = " ".join(capsys.readouterr().out.split())
-    assert found["train"]["laptop_quick"][:40] in out and "calm finetune --recipe NAME" in out
-    assert out.index("laptop_quick") < out.index("calm_m ")  # What needs many GPUs comes last.
+    assert recipes["train"]["laptop_quick"][:40] in out and "calm finetune --recipe NAME" in out
+    assert out.index("laptop_quick") < out.index("calm_m ")  # Recipes for many GPUs come last.
 
 
-def test_models(tmp_path, monkeypatch, capsys):
+def test_models_are_listed_with_type_head_and_chunk_size(tmp_path, monkeypatch, capsys):
     shutil.copytree(shipped_models()["stories"], tmp_path / "runs/one/model")
     (tmp_path / "adapters").mkdir()
     settings = {"peft_type": "LORA", "base_model_name_or_path": "far/away"}
@@ -41,10 +41,10 @@ def test_models(tmp_path, monkeypatch, capsys):
     stories = {"type": "calm", "head": "sequential", "K": 4}
     adapters = {"type": "adapters of far/away", "head": None, "K": None}
     monkeypatch.chdir(tmp_path)
-    near = {"adapters": adapters, "runs/one/model": stories}
+    local = {"adapters": adapters, "runs/one/model": stories}
     shipped = {"classics": stories | {"K": 2}, "stories": stories}
-    assert figures(capsys, "models") == {**shipped, **near}
-    assert figures(capsys, "models", "runs") == {**shipped, "runs/one/model": stories}
+    assert json_of(capsys, "models") == {**shipped, **local}
+    assert json_of(capsys, "models", "runs") == {**shipped, "runs/one/model": stories}
     main(["models"])
     out = capsys.readouterr().out
     assert "runs/one/model" in out and "far/away" in out
@@ -52,7 +52,7 @@ def test_models(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", ["recipes", "models"])
-def test_lists_need_no_torch(command, tmp_path):
+def test_listing_does_not_import_torch(command, tmp_path):
     program = (
         f"import sys; from calm_command import main; sys.argv = ['calm', '{command}']; main(); "
         "assert 'torch' not in sys.modules"

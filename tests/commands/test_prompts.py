@@ -1,4 +1,4 @@
-"""Prompts of a file: one on each line."""
+"""Prompts from a file, one per line."""
 
 import io
 import re
@@ -17,7 +17,7 @@ from calm.errors import InputError
         ("lines.jsonl", '"One\\nline"\n{"prompt": "Two", "id": 7}\n', ["One\nline", "Two"]),
     ],
 )
-def test_prompts_of_a_file(tmp_path, name, content, prompts):
+def test_file_has_one_prompt_per_line(tmp_path, name, content, prompts):
     (tmp_path / name).write_bytes(content.encode())
     assert prompts_of(["Zero"], str(tmp_path / name)) == ["Zero", *prompts]
 
@@ -33,12 +33,12 @@ def test_prompts_of_a_file(tmp_path, name, content, prompts):
         ("lines.jsonl", b"[" * 100_000, "line 1 is not JSON"),
     ],
 )
-def test_files_without_prompts(tmp_path, name, content, message):
+def test_unusable_files_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=re.escape(message)):
         prompts_of([], str(tmp_path / name))
 
 
-def test_prompts_on_standard_input(monkeypatch):
+def test_dash_reads_standard_input(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("Über\nTwo".encode())))
     assert prompts_of([], "-") == ["Über", "Two"]

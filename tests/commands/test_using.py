@@ -1,4 +1,4 @@
-"""Thoughts on the command line: `calm generate` takes them, `calm flops` tells what they cost."""
+"""Thoughts in `calm generate` and `calm flops`, and the vocabulary size in `calm flops`."""
 
 import json
 
@@ -24,52 +24,52 @@ def folder(tmp_path_factory):
     return folder
 
 
-def said(capsys, *arguments):
-    main([str(one) for one in arguments])
+def output_of(capsys, *arguments):
+    main([str(argument) for argument in arguments])
     return capsys.readouterr().out
 
 
-def test_texts_come_after_as_many_thoughts(folder, capsys):
+def test_generate_takes_a_number_of_thoughts(folder, capsys):
     model, tokenizer = load_language_model_and_tokenizer(str(folder))
     texts = {}
     for number in (None, 0, TRAINED, 9):
         options = [] if number is None else ["--num_thoughts", number]
         arguments = ["generate", folder, "Once upon", "--max_new_tokens", 12, "--seed", 1, *options, "--json"]
-        [one] = json.loads(said(capsys, *arguments))["samples"]
-        texts[number] = one["text"]
-        how = {"max_new_tokens": 12, "seed": 1, "temperature": 0.5, "num_thoughts": number}
-        assert [one["text"]] == continue_texts(model, tokenizer, ["Once upon"], **how)
+        [sample] = json.loads(output_of(capsys, *arguments))["samples"]
+        texts[number] = sample["text"]
+        settings = {"max_new_tokens": 12, "seed": 1, "temperature": 0.5, "num_thoughts": number}
+        assert [sample["text"]] == continue_texts(model, tokenizer, ["Once upon"], **settings)
     assert texts[None] == texts[TRAINED] and len(set(texts.values())) == 3
 
 
-def test_flops_of_thoughts_are_told(folder, capsys):
-    """Of as many as a model takes by itself, or as are asked for."""
+def test_flops_of_thoughts_are_reported(folder, capsys):
+    """For the model's own number of thoughts, or another one."""
     for options, number in (([], TRAINED), (["--thoughts", 9], 9), (["--thoughts", 0], None)):
-        out = said(capsys, "flops", folder, *options, "--positions", 16)
+        out = output_of(capsys, "flops", folder, *options, "--positions", 16)
         assert (f"; {number} thoughts and 2 markers add " in out) == (number is not None)
-        told = json.loads(said(capsys, "flops", folder, *options, "--positions", 16, "--json"))
+        reported = json.loads(output_of(capsys, "flops", folder, *options, "--positions", 16, "--json"))
         if number is None:
-            assert "thoughts" not in told
+            assert "thoughts" not in reported
             continue
         expected = cost_of_thoughts(load_config(folder), number, 16)
-        assert told["thoughts"] == {
+        assert reported["thoughts"] == {
             "number": number, "flops_of_one": expected.flops_of_one, "flops": expected.flops
         }  # fmt: skip
-    out = said(capsys, "flops", "laptop", "--vocab_size", 4096, "--thoughts", 1)
+    out = output_of(capsys, "flops", "laptop", "--vocab_size", 4096, "--thoughts", 1)
     assert "1 thought and 2 markers add" in out
-    assert "thought" not in said(capsys, "flops", "laptop", "--vocab_size", 4096)
+    assert "thought" not in output_of(capsys, "flops", "laptop", "--vocab_size", 4096)
 
 
-def test_a_recipe_without_a_tokenizer_is_counted_with_its_vocabulary(folder, tmp_path, capsys):
+def test_recipe_without_a_tokenizer_uses_its_vocab_size(folder, tmp_path, capsys):
     note = "the recipe names no tokenizer, so its data.vocab_size counts; see --vocab_size"
-    out = said(capsys, "flops", "calm_m")
+    out = output_of(capsys, "flops", "calm_m")
     assert "4,096 token ids" in out and note in out.splitlines()
     (tmp_path / "named.yaml").write_text(f"data: {{tokenizer: '{folder}'}}")
     for arguments in (["calm_m", "--vocab_size", 128256], [tmp_path / "named.yaml"], [folder]):
-        assert "names no tokenizer" not in said(capsys, "flops", *arguments)
+        assert "names no tokenizer" not in output_of(capsys, "flops", *arguments)
 
 
 @pytest.mark.parametrize("number", ["-1", "10001", "1.5", "many"])
-def test_numbers_out_of_range_are_found_before_a_model_is_looked_for(number, capsys):
+def test_number_out_of_range_is_refused_before_opening_a_model(number, capsys):
     for command, option in (("generate", "num_thoughts"), ("chat", "num_thoughts"), ("flops", "thoughts")):
         assert option in failure(capsys, command, "no/such/model", f"--{option}={number}")

@@ -1,4 +1,4 @@
-"""Weights in which anything was changed make a model of numbers, or one sentence."""
+"""Damaged weights load as a model without NaN or infinity, or are refused in one sentence."""
 
 import io
 import json
@@ -39,22 +39,22 @@ def folder(tmp_path_factory):
 
 @st.composite
 def damaged(draw, content: bytes) -> bytes:
-    """A file with a few pieces flipped, cut out or put in."""
+    """A file with a few pieces overwritten, cut out or inserted."""
     for _ in range(draw(st.integers(1, 3))):
-        # Most of a file are numbers, and most of what can go wrong is in its beginning and end.
+        # Most of a file is tensor data; most of what can go wrong is at its beginning and its end.
         span = draw(st.sampled_from([64, 4096, len(content)]))
-        place = draw(st.integers(0, min(span, len(content))))
-        start = draw(st.sampled_from([place, len(content) - place]))
+        distance = draw(st.integers(0, min(span, len(content))))
+        start = draw(st.sampled_from([distance, len(content) - distance]))
         stop = start + draw(st.sampled_from([0, 1, 1, 4, 100, 10**9]))
         content = content[:start] + draw(st.binary(max_size=8)) + content[stop:]
     return content
 
 
 @st.composite
-def lying(draw, content: bytes) -> bytes:
-    """A safetensors file whose header says something else."""
+def with_false_header(draw, content: bytes) -> bytes:
+    """A safetensors file whose header does not match its data."""
     length = struct.unpack("<Q", content[:8])[0]
-    header, rest = json.loads(content[8 : 8 + length]), content[8 + length :]
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
     for _ in range(draw(st.integers(1, 2))):
         name = draw(st.sampled_from(sorted(header)))
         kind = draw(st.sampled_from(["shape", "dtype", "offsets", "name", "drop", "more"]))
@@ -69,17 +69,17 @@ def lying(draw, content: bytes) -> bytes:
         elif kind == "name":
             header[draw(st.sampled_from(["", "../x", "\0", "head.new", *header]))] = header.pop(name)
         else:
-            header["more"] = {"dtype": "F32", "shape": [0], "data_offsets": [len(rest), len(rest)]}
+            header["more"] = {"dtype": "F32", "shape": [0], "data_offsets": [len(data), len(data)]}
         if not header:
             break
     text = json.dumps(header).encode()
-    said = draw(st.sampled_from([len(text)] * 6 + [0, 1, len(text) - 1, 2**40, 2**63]))
-    return struct.pack("<Q", said) + text + rest
+    length_field = draw(st.sampled_from([len(text)] * 6 + [0, 1, len(text) - 1, 2**40, 2**63]))
+    return struct.pack("<Q", length_field) + text + data
 
 
 @st.composite
-def odd_values(draw, content: bytes) -> bytes:
-    """A file whose tensors are of other types or shapes, or hold what is no number."""
+def with_odd_tensors(draw, content: bytes) -> bytes:
+    """A file with tensors of other types or shapes, missing tensors, or values that are not finite."""
     weights = load(content)
     for _ in range(draw(st.integers(1, 2))):
         name = draw(st.sampled_from(sorted(weights)))
@@ -98,10 +98,10 @@ def odd_values(draw, content: bytes) -> bytes:
     return save({name: weight.contiguous() for name, weight in weights.items()}, {"format": "pt"})
 
 
-def refused_or_finite(work):
+def check_refused_or_finite(load_weights):
     """Load a model; what is refused must be one short sentence."""
     try:
-        model = work()
+        model = load_weights()
     except InputError as error:
         assert "\n" not in str(error) and len(str(error)) < 3000, str(error)
         assert "weights_only" not in str(error)
@@ -110,17 +110,17 @@ def refused_or_finite(work):
         assert not weight.is_floating_point() or weight.isfinite().all(), name
 
 
-@pytest.mark.parametrize("change", [damaged, lying, odd_values])
+@pytest.mark.parametrize("change", [damaged, with_false_header, with_odd_tensors])
 @pytest.mark.parametrize("part", ["model", "autoencoder"])
 @BUDGET
 @given(data=st.data())
-def test_safetensors(part, change, data, folder):
+def test_damaged_safetensors(part, change, data, folder):
     path = folder / part / "model.safetensors"
     good = path.read_bytes()
     try:
         path.write_bytes(data.draw(change(good)))
-        opened = {"model": load_model, "autoencoder": load_autoencoder}[part]
-        refused_or_finite(lambda: opened(str(path.parent)))
+        open_model = {"model": load_model, "autoencoder": load_autoencoder}[part]
+        check_refused_or_finite(lambda: open_model(str(path.parent)))
     finally:
         path.write_bytes(good)
 
@@ -128,7 +128,7 @@ def test_safetensors(part, change, data, folder):
 @pytest.mark.parametrize("form", ["torch", "legacy"])
 @BUDGET
 @given(data=st.data())
-def test_pickles(form, data, folder):
+def test_damaged_pickles(form, data, folder):
     path = folder / "autoencoder/pytorch_model.bin"
     safe = path.with_name("model.safetensors")
     good, buffer = safe.read_bytes(), io.BytesIO()
@@ -136,7 +136,7 @@ def test_pickles(form, data, folder):
     try:
         safe.unlink()
         path.write_bytes(data.draw(damaged(buffer.getvalue())))
-        refused_or_finite(lambda: load_autoencoder(path.parent))
+        check_refused_or_finite(lambda: load_autoencoder(path.parent))
     finally:
         path.unlink(missing_ok=True)
         safe.write_bytes(good)
@@ -157,28 +157,29 @@ INDICES = st.recursive(
 
 @BUDGET
 @given(index=INDICES | st.dictionaries(st.just("weight_map"), INDICES, min_size=1))
-def test_indices(index, folder):
-    whole = folder / "model/model.safetensors"
-    file, shard = whole.with_name("model.safetensors.index.json"), whole.with_name("model-1.safetensors")
-    whole.rename(shard)
+def test_arbitrary_indices_of_shards(index, folder):
+    single_file = folder / "model/model.safetensors"
+    index_file = single_file.with_name("model.safetensors.index.json")
+    shard = single_file.with_name("model-1.safetensors")
+    single_file.rename(shard)
     try:
-        file.write_text(json.dumps(index))
-        refused_or_finite(lambda: load_model(str(file.parent)))
+        index_file.write_text(json.dumps(index))
+        check_refused_or_finite(lambda: load_model(str(index_file.parent)))
     finally:
-        file.unlink()
-        shard.rename(whole)
+        index_file.unlink()
+        shard.rename(single_file)
 
 
 @pytest.mark.parametrize("kind", ["energy_k4", "flow_k4"])
 @pytest.mark.parametrize("part", ["autoencoder", "calm"])
 @BUDGET
 @given(data=st.data())
-def test_released_checkpoints(part, kind, data, tmp_path_factory):
-    place = tmp_path_factory.getbasetemp() / "released" / kind
+def test_damaged_released_checkpoints(part, kind, data, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "released" / kind
     for name in ("autoencoder", "calm"):
-        (place / name).mkdir(parents=True, exist_ok=True)
+        (folder / name).mkdir(parents=True, exist_ok=True)
         for file in (FIXTURES / kind / name).iterdir():
-            (place / name / file.name).write_bytes(file.read_bytes())
-    (path,) = [file for file in (place / part).iterdir() if file.suffix in (".bin", ".safetensors")]
+            (folder / name / file.name).write_bytes(file.read_bytes())
+    (path,) = [file for file in (folder / part).iterdir() if file.suffix in (".bin", ".safetensors")]
     path.write_bytes(data.draw(damaged(path.read_bytes())))
-    refused_or_finite(lambda: load_published(place / "autoencoder", place / "calm"))
+    check_refused_or_finite(lambda: load_published(folder / "autoencoder", folder / "calm"))

@@ -1,4 +1,4 @@
-"""Configurations in which anything was changed make a model that writes, or one sentence."""
+"""Changed configurations load as a model that can generate, or are refused in one sentence."""
 
 import contextlib
 import json
@@ -22,8 +22,8 @@ from calm.training import stages
 from calm.training.recipe_files import with_settings
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-WHOLE = [0, 1, -1, 2, 3, 7, 64, 255, 2**31, 2**63, 10**12, 10**30]
-NUMBERS = st.sampled_from([*WHOLE, 0.5, -0.0, 1e-300, 1e308, float("nan"), float("inf")])
+INTEGERS = [0, 1, -1, 2, 3, 7, 64, 255, 2**31, 2**63, 10**12, 10**30]
+NUMBERS = st.sampled_from([*INTEGERS, 0.5, -0.0, 1e-300, 1e308, float("nan"), float("inf")])
 TEXTS = st.sampled_from(
     ["", "calm", "llama", "../..", "\0", "evil/kernels", "flash_attention_2", "x" * 1000, "float32"]
 )
@@ -34,24 +34,24 @@ VALUES = st.recursive(
 )
 
 
-def places_in(values, before=()):
-    """Paths to all that a JSON value holds."""
+def paths_in(values, before=()):
+    """Paths of keys and indices to a JSON value and everything in it."""
     yield before
     inner = (
         values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
     )
     for key, value in inner:
-        yield from places_in(value, (*before, key))
+        yield from paths_in(value, (*before, key))
 
 
 @st.composite
-def changed(draw, values):
+def mutated(draw, values):
     """Settings with up to three of them changed, removed or added."""
     values = json.loads(json.dumps(values))
     for _ in range(draw(st.integers(1, 3))):
-        *path, last = draw(st.sampled_from([place for place in places_in(values) if place]))
+        *parents, last = draw(st.sampled_from([path for path in paths_in(values) if path]))
         inner = values
-        for key in path:
+        for key in parents:
             inner = inner[key]
         if isinstance(inner, dict) and draw(st.integers(0, 5)) == 0:
             del inner[last]
@@ -66,7 +66,7 @@ def changed(draw, values):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Models of several kinds, without checksums, whose configurations may be changed."""
+    """Models of several kinds, without the checksums that would reveal a change."""
     folder = tmp_path_factory.mktemp("models")
     write_stories(folder / "text.jsonl", 0, 12)
     toy = with_settings(toy_recipe(folder / "text.jsonl"), {"language_model.training.steps": 1})
@@ -84,18 +84,18 @@ def folders(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def changed_in(path, data):
-    """A file of settings in which something was changed for the block."""
+def mutated_file(path, data):
+    """Change something in a JSON file for the block."""
     good = path.read_text()
     try:
-        path.write_text(json.dumps(data.draw(changed(json.loads(good)))))
+        path.write_text(json.dumps(data.draw(mutated(json.loads(good)))))
         yield
     finally:
         path.write_text(good)
 
 
-def refused_or(work):
-    """Do some work; what it refuses must be one short sentence."""
+def check_refused_or_works(work):
+    """Do some work; if it is refused, then in one short sentence."""
     try:
         with torch.no_grad():
             work()
@@ -107,7 +107,7 @@ def refused_or(work):
 @pytest.mark.parametrize("kind", ["energy", "sequential", "tokens"])
 @BUDGET
 @given(data=st.data())
-def test_model_folders(kind, file, data, folders):
+def test_mutated_configurations_of_models(kind, file, data, folders):
     path = folders / kind / "model" / file
 
     def write():
@@ -115,33 +115,33 @@ def test_model_folders(kind, file, data, folders):
         text = continue_texts(model, tokenizer, ["One day"], max_new_tokens=8, seed=1)
         assert isinstance(text[0], str)
 
-    with changed_in(path, data):
-        refused_or(write)
+    with mutated_file(path, data):
+        check_refused_or_works(write)
 
 
 @BUDGET
 @given(data=st.data())
-def test_autoencoders(data, folders):
+def test_mutated_configuration_of_an_autoencoder(data, folders):
     path = folders / "energy/autoencoder/config.json"
-    with changed_in(path, data):
-        refused_or(lambda: load_autoencoder(path.parent))
+    with mutated_file(path, data):
+        check_refused_or_works(lambda: load_autoencoder(path.parent))
 
 
 @BUDGET
 @given(data=st.data())
-def test_tokenizers(data, folders):
+def test_mutated_tokenizer(data, folders):
     path = folders / "energy/data/tokenizer/tokenizer.json"
-    with changed_in(path, data):
-        refused_or(lambda: load_tokenizer(str(path.parent)))
+    with mutated_file(path, data):
+        check_refused_or_works(lambda: load_tokenizer(str(path.parent)))
 
 
 @pytest.mark.parametrize("part", ["autoencoder", "calm"])
 @BUDGET
 @given(data=st.data())
-def test_released_checkpoints(part, data, folders):
-    place = folders / "released"
-    if not place.exists():
-        shutil.copytree(FIXTURES / "energy_k4", place)
-    path = place / part / "config.json"
-    with changed_in(path, data):
-        refused_or(lambda: load_published(place / "autoencoder", place / "calm"))
+def test_mutated_configurations_of_released_checkpoints(part, data, folders):
+    folder = folders / "released"
+    if not folder.exists():
+        shutil.copytree(FIXTURES / "energy_k4", folder)
+    path = folder / part / "config.json"
+    with mutated_file(path, data):
+        check_refused_or_works(lambda: load_published(folder / "autoencoder", folder / "calm"))

@@ -1,4 +1,4 @@
-"""Files of text that are damaged anywhere give documents, or one sentence."""
+"""Damaged text files give documents, or are refused in one sentence."""
 
 import bz2
 import gzip
@@ -21,7 +21,7 @@ from calm.errors import InputError
 
 OPTIONS = ReadingOptions(separator="", max_document_mb=1)
 TEXTS = ["One day, a dog ran.", "größer 日本 🎈\n\nagain", "", "x" * 300] * 5
-PACKINGS = {
+COMPRESSIONS = {
     "": bytes,
     ".gz": gzip.compress,
     ".xz": lzma.compress,
@@ -43,7 +43,9 @@ CONTENTS = {
     "b.parquet": _parquet(compression="zstd", use_dictionary=False, data_page_version="2.0"),
 }
 FILES = {
-    name + packing: pack(content) for name, content in CONTENTS.items() for packing, pack in PACKINGS.items()
+    name + extension: compress(content)
+    for name, content in CONTENTS.items()
+    for extension, compress in COMPRESSIONS.items()
 }
 INTERESTING = st.sampled_from(
     [b"", b"\0", b"\xff" * 8, b"\x7f\xff\xff\xff", b"\n", b'"', b"{", b"[" * 2000, b"\\ud800",
@@ -53,12 +55,12 @@ INTERESTING = st.sampled_from(
 
 @st.composite
 def damaged(draw, content: bytes) -> bytes:
-    """A content with a few pieces replaced, cut out, doubled, or cut off at the end."""
+    """Content with a few pieces replaced, cut out, doubled, or cut off at the end."""
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, len(content)))
         stop = min(len(content), start + draw(st.sampled_from([0, 0, 1, 1, 4, 50, 10**6])))
-        new = draw(st.one_of(INTERESTING, st.binary(max_size=8), st.just(content[start:stop] * 2)))
-        content = content[:start] + new + content[stop:]
+        replacement = draw(st.one_of(INTERESTING, st.binary(max_size=8), st.just(content[start:stop] * 2)))
+        content = content[:start] + replacement + content[stop:]
     return content
 
 
@@ -70,13 +72,13 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("name", FILES)
 @BUDGET
 @given(data=st.data())
-def test_damaged_files(name, data, folder):
+def test_damaged_files_are_read_or_refused(name, data, folder):
     path = folder / name
     path.write_bytes(data.draw(damaged(FILES[name])))
     for read in (lambda: read_documents(path, OPTIONS), lambda: load_records([str(path)])):
         try:
-            for one in read():
-                if isinstance(one, str):
-                    one.encode()
+            for item in read():
+                if isinstance(item, str):
+                    item.encode()
         except InputError as error:
             assert "\n" not in str(error) and str(path) in str(error)

@@ -1,8 +1,8 @@
-"""Requests of all kinds, good and mutated, whole, streamed and given up, against one server.
+"""Requests of all kinds, valid and mutated, complete, streamed and abandoned, against one server.
 
-Whatever is sent, the answer is that of a good request or an error of the API, no text is touched by another's
-faults, and in the end the engine is alive and has nothing left to do. A longer run, with other requests each
-time: CALM_FUZZ_EXAMPLES=1000 pytest tests/fuzz/test_requests.py.
+Every response is that of a valid request or an error of the API, no text is affected by faults of others, and
+in the end the engine is alive and idle. A longer run, with new requests each time:
+CALM_FUZZ_EXAMPLES=1000 pytest tests/fuzz/test_requests.py.
 """
 
 import copy
@@ -16,7 +16,7 @@ from fuzz_budget import BUDGET
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
-from serving_client import serving, wait_until
+from serving_client import connect, is_api_error, serving, wait_until
 from tiny import tiny_model
 
 from calm.data.examples import set_chat_template
@@ -24,9 +24,9 @@ from calm.data.stories import stories
 from calm.data.tokenizer import train_tokenizer
 
 STEPS = 20
-SOME_SERVER_ERRORS = (501, 503, 504)  # An unknown transfer encoding, a full or ending server, too slow.
+SOME_SERVER_ERRORS = (501, 503, 504)  # An unknown transfer encoding, a full or stopping server, a timeout.
 COMPLETIONS, CHATS, POOLS = PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/calm/pool")
-GOOD = [
+VALID = [
     (COMPLETIONS, {"prompt": "Once upon a time", "max_tokens": 24, "temperature": 1}),
     (COMPLETIONS, {"prompt": [5, 6, 7], "max_tokens": 9, "n": 2, "max_draws": 8, "return_chunks": True}),
     (COMPLETIONS, {"prompt": ["a", "b"], "sampler": "pool", "num_draws": 8, "top_p": 0.9, "echo": True}),
@@ -62,28 +62,28 @@ VALUES = st.recursive(
 )
 
 
-def places_in(value, front=()):
-    """Where something stands in a body: keys and numbers that lead there."""
+def paths_in(value, parents=()):
+    """Paths of keys and indices to everything in a body."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in pairs:
-        yield (*front, key)
-        yield from places_in(inner, (*front, key))
+        yield (*parents, key)
+        yield from paths_in(inner, (*parents, key))
 
 
 @st.composite
 def mutated_bodies(draw):
-    """A good request with a few values changed, left out or added, in bytes that may be changed as well."""
-    path, body = draw(st.sampled_from(GOOD))
+    """A valid request with a few values changed, removed or added; sometimes its bytes are changed too."""
+    path, body = draw(st.sampled_from(VALID))
     body = copy.deepcopy({"model": "tiny", "seed": 1, **body})
     for _ in range(draw(st.integers(1, 4))):
-        places = list(places_in(body))
-        *front, last = (
-            draw(st.sampled_from(places))
-            if places and draw(st.booleans())
+        paths = list(paths_in(body))
+        *parents, last = (
+            draw(st.sampled_from(paths))
+            if paths and draw(st.booleans())
             else (draw(st.sampled_from(FIELDS)),)
         )
         inner = body
-        for key in front:
+        for key in parents:
             inner = inner[key]
         if draw(st.integers(0, 4)) == 0 and isinstance(inner, dict):
             inner.pop(last, None)
@@ -97,7 +97,7 @@ def mutated_bodies(draw):
 
 
 class Requests(RuleBasedStateMachine):
-    """What clients do, in any order."""
+    """Actions of clients, in any order."""
 
     url, engine, expected = "", None, ()
 
@@ -106,17 +106,17 @@ class Requests(RuleBasedStateMachine):
         self.client = httpx.Client(base_url=self.url, timeout=60)
         self.streams, self.sockets = [], []
 
-    @rule(number=st.integers(0, len(GOOD) - 1))
-    def ask_well(self, number):
-        assert said(self.post(*well(number))) == self.expected[number]
+    @rule(number=st.integers(0, len(VALID) - 1))
+    def send_valid(self, number):
+        assert result_of(self.post(*valid_request(number))) == self.expected[number]
 
-    @rule(number=st.integers(0, len(GOOD) - 3))
-    def ask_well_for_a_stream(self, number):
-        path, raw = well(number, stream=True)
-        answer = self.post(path, raw)
-        assert answer.text.endswith("data: [DONE]\n\n")
+    @rule(number=st.integers(0, len(VALID) - 3))
+    def send_valid_for_a_stream(self, number):
+        path, raw = valid_request(number, stream=True)
+        response = self.post(path, raw)
+        assert response.text.endswith("data: [DONE]\n\n")
         texts = {}
-        for event in answer.text.split("\n\n")[:-2]:
+        for event in response.text.split("\n\n")[:-2]:
             for choice in json.loads(event.removeprefix("data: "))["choices"]:
                 new = choice["text"] if path == COMPLETIONS else choice["delta"].get("content", "")
                 texts[choice["index"]] = texts.get(choice["index"], "") + new
@@ -127,27 +127,28 @@ class Requests(RuleBasedStateMachine):
         {"authorization": "Bearer \xff"}, {"origin": "http://evil.example"},
         {"content-type": "multipart/form-data"},
     ]))  # fmt: skip
-    def ask_oddly(self, body, headers):
-        self.check(self.post(*body, {name: value.encode("latin-1") for name, value in headers.items()}))
+    def send_mutated(self, body, headers):
+        headers = {name: value.encode("latin-1") for name, value in headers.items()}
+        self.check_response(self.post(*body, headers))
 
     @rule(method=st.sampled_from(["GET", "PUT", "OPTIONS", "HEAD", "odd"]), path=st.sampled_from([
         *PATHS, "/", "/health", "/metrics", "/v1/models", "/v1/models/tiny", "/v1/models/%00", "/page/x",
         "//", "/%ff",
     ]))  # fmt: skip
-    def look_around(self, method, path):
-        answer = self.client.request(method, path)
-        assert answer.status_code < 500
+    def visit_path(self, method, path):
+        response = self.client.request(method, path)
+        assert response.status_code < 500
         if method not in ("HEAD", "OPTIONS"):
-            self.check(answer)
+            self.check_response(response)
 
-    @rule(raw=st.binary(max_size=60), front=st.sampled_from([
+    @rule(raw=st.binary(max_size=60), beginning=st.sampled_from([
         b"", b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n",
         b"GET / HTTP/1.1\r\nhost: localhost\r\nx: ",
         b"POST /v1/calm/pool HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n",
     ]))  # fmt: skip
-    def send_anything(self, raw, front):
-        with self.connect() as connection:
-            connection.sendall(front + raw + b"\r\n\r\n")
+    def send_raw_bytes(self, raw, beginning):
+        with connect(self.url, timeout=60) as connection:
+            connection.sendall(beginning + raw + b"\r\n\r\n")
             connection.shutdown(socket.SHUT_WR)
             parts = []
             while part := connection.recv(1 << 16):
@@ -155,31 +156,31 @@ class Requests(RuleBasedStateMachine):
         if parts and b" 200 " not in parts[0][:20]:
             head, _, body = b"".join(parts).partition(b"\r\n\r\n")
             length = int(head.lower().partition(b"content-length: ")[2].split()[0])
-            self.check(httpx.Response(int(head.split()[1]), content=body[:length]))
+            self.check_response(httpx.Response(int(head.split()[1]), content=body[:length]))
 
     @rule(
-        body=mutated_bodies() | st.integers(0, len(GOOD) - 1).map(lambda number: well(number)),
+        body=mutated_bodies() | st.integers(0, len(VALID) - 1).map(lambda number: valid_request(number)),
         part=st.floats(0, 1),
     )
-    def leave(self, body, part):
-        """In the middle of a body, or before the answer."""
+    def send_without_reading(self, body, part):
+        """A part of the body or all of it; nobody reads the response."""
         path, raw = body
         head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(raw)}\r\n\r\n".encode()
-        connection = self.connect()
+        connection = connect(self.url, timeout=60)
         connection.sendall(head + raw[: int(len(raw) * part)] if part < 0.5 else head + raw)
         self.sockets.append(connection)
 
     @precondition(lambda self: len(self.streams) < 4)
     @rule(number=st.integers(0, 5))
-    def begin_a_stream(self, number):
-        path, raw = well(number, stream=True, max_tokens=100, max_completion_tokens=None)
+    def open_stream(self, number):
+        path, raw = valid_request(number, stream=True, max_tokens=100, max_completion_tokens=None)
         stream = self.client.stream("POST", path, content=raw)
         stream.__enter__()
         self.streams.append(stream)
 
     @precondition(lambda self: self.streams)
     @rule()
-    def give_a_stream_up(self):
+    def abandon_stream(self):
         self.streams.pop(0).__exit__(None, None, None)
 
     @precondition(lambda self: self.sockets)
@@ -187,19 +188,16 @@ class Requests(RuleBasedStateMachine):
     def hang_up(self):
         self.sockets.pop(0).close()
 
-    def connect(self):
-        return socket.create_connection(("127.0.0.1", int(self.url.rsplit(":", 1)[1])), timeout=60)
-
     def post(self, path, raw, headers=None):
         return self.client.post(path, content=raw, headers=headers)
 
-    def check(self, answer):
-        assert answer.status_code < 500 or answer.status_code in SOME_SERVER_ERRORS, answer.text
-        if answer.status_code >= 400:
-            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-            assert len(answer.content) < 2000
-        elif answer.headers.get("content-type", "").startswith("text/event-stream"):
-            events = [json.loads(event.removeprefix("data: ")) for event in answer.text.split("\n\n")[:-2]]
+    def check_response(self, response):
+        assert response.status_code < 500 or response.status_code in SOME_SERVER_ERRORS, response.text
+        if response.status_code >= 400:
+            assert is_api_error(response)
+            assert len(response.content) < 2000
+        elif response.headers.get("content-type", "").startswith("text/event-stream"):
+            events = [json.loads(event.removeprefix("data: ")) for event in response.text.split("\n\n")[:-2]]
             assert not any(event.get("error", {}).get("type") == "server_error" for event in events)
 
     def teardown(self):
@@ -214,18 +212,20 @@ class Requests(RuleBasedStateMachine):
         assert self.engine.is_alive
 
 
-def well(number, **more):
-    path, body = GOOD[number]
-    return path, json.dumps({"model": "tiny", "seed": number, **body, **more}).encode()
+def valid_request(number, **changes):
+    path, body = VALID[number]
+    return path, json.dumps({"model": "tiny", "seed": number, **body, **changes}).encode()
 
 
-def said(answer):
-    """The texts of an answer, or its pool."""
-    assert answer.status_code == 200, answer.text
-    body = answer.json()
+def result_of(response):
+    """The texts of a response, or the candidates of its pool."""
+    assert response.status_code == 200, response.text
+    body = response.json()
     if body["object"] == "calm.pool":
         return body["candidates"]
-    return [one["text"] if "text" in one else one["message"]["content"] for one in body["choices"]]
+    return [
+        choice["text"] if "text" in choice else choice["message"]["content"] for choice in body["choices"]
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -239,10 +239,12 @@ def server():
         yield running
 
 
-def test_requests_in_any_order(server):
+def test_server_survives_requests_in_any_order(server):
     engine, _, url = server
     with httpx.Client(base_url=url, timeout=60) as client:
-        expected = [said(client.post(path, content=raw)) for path, raw in map(well, range(len(GOOD)))]
+        expected = [
+            result_of(client.post(path, content=raw)) for path, raw in map(valid_request, range(len(VALID)))
+        ]
     Machine = type("Machine", (Requests,), {"url": url, "engine": engine, "expected": expected})
     run_state_machine_as_test(Machine, settings=settings(BUDGET, stateful_step_count=STEPS))
     assert engine.is_alive

@@ -1,4 +1,4 @@
-"""A small model for a server, and a browser where there is one."""
+"""A small model that is served, and a browser if there is one."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def chromium():
 
 @pytest.fixture
 def visit(chromium):
-    """Opens the page; in the end nothing may have gone wrong in it."""
+    """A function that opens the page; the test fails if the page reports an error."""
     contexts, problems = [], []
 
     def visit(url, **options):
@@ -49,7 +49,7 @@ def visit(chromium):
         page = context.new_page()
         page.set_default_timeout(10_000)
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("console", lambda one: problems.append(one.text) if is_problem(one) else None)
+        page.on("console", lambda message: problems.append(message.text) if is_problem(message) else None)
         page.goto(url)
         page.wait_for_selector("#model:not(:empty)")
         return page
@@ -61,5 +61,5 @@ def visit(chromium):
 
 
 def is_problem(message):
-    """Refusals of the server are logged by the browser too."""
+    """Whether a console message is an error; browsers also log every request that is refused."""
     return message.type == "error" and "Failed to load resource" not in message.text

@@ -1,4 +1,4 @@
-"""`calm serve` as a process: it says where it is, answers, and ends cleanly; mistakes are one sentence."""
+"""`calm serve` as a process: it prints its address, answers, and shuts down; mistakes are one sentence."""
 
 import os
 import re
@@ -24,8 +24,8 @@ def folder(model, tokenizer, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
-def test_it_serves_and_ends(end, folder):
+@pytest.mark.parametrize("stop_signal", [signal.SIGTERM, signal.SIGINT])
+def test_serves_and_shuts_down_on_a_signal(stop_signal, folder):
     environment = {**os.environ, "CALM_API_KEY": "k"}
     command = [sys.executable, "-m", "calm", "serve", str(folder), "--port", "0", "--temperature", "1"]
     process = subprocess.Popen(
@@ -33,16 +33,17 @@ def test_it_serves_and_ends(end, folder):
     )
     try:
         line = process.stdout.readline()
-        said = re.fullmatch(r"serving 'small' at (http://127\.0\.0\.1:\d+/v1)\n", line)
-        assert said, line
-        assert process.stdout.readline() == f"playground: {said[1].removesuffix('v1')}\n"
-        assert httpx.get(said[1].removesuffix("v1")).status_code == 200, "without the key"
-        client = openai.OpenAI(base_url=said[1], api_key="k")
-        answer = client.completions.create(model="small", prompt="One day", max_tokens=8)
-        assert answer.usage.completion_tokens == 8
-        process.send_signal(end)
+        address = re.fullmatch(r"serving 'small' at (http://127\.0\.0\.1:\d+/v1)\n", line)
+        assert address, line
+        assert process.stdout.readline() == f"playground: {address[1].removesuffix('v1')}\n"
+        assert httpx.get(address[1].removesuffix("v1")).status_code == 200, "without the key"
+        client = openai.OpenAI(base_url=address[1], api_key="k")
+        response = client.completions.create(model="small", prompt="One day", max_tokens=8)
+        assert response.usage.completion_tokens == 8
+        process.send_signal(stop_signal)
         _, errors = process.communicate(timeout=20)
-        assert process.returncode in (0, -end, 128 + end) and "Traceback" not in errors, errors
+        assert process.returncode in (0, -stop_signal, 128 + stop_signal), errors
+        assert "Traceback" not in errors, errors
     finally:
         process.kill()
 
@@ -50,9 +51,9 @@ def test_it_serves_and_ends(end, folder):
 @pytest.mark.parametrize(
     "raw",
     ["k\u00e4y".encode(), b"k\xe4y", "\ufeffk\u00e4y\r\n".encode(), "k\u00e4y\n".encode("utf-16")],
-    ids=["utf-8", "latin-1", "with a mark", "utf-16"],
+    ids=["utf-8", "latin-1", "with a byte order mark", "utf-16"],
 )
-def test_a_key_file_in_any_encoding(raw, tmp_path):
+def test_key_file_is_read_in_any_encoding(raw, tmp_path):
     (tmp_path / "key").write_bytes(raw)
     key = _read_key(str(tmp_path / "key"))
     assert _encodings(key) & {b"k\xe4y", "k\u00e4y".encode()}
@@ -69,11 +70,11 @@ def test_a_key_file_in_any_encoding(raw, tmp_path):
         ("calm.lan", "http://calm.lan:8"),
     ],
 )
-def test_the_url_of_the_page_can_be_opened(host, url):
+def test_printed_url_can_be_opened_in_a_browser(host, url):
     assert _url(_browser_host(host), 8) == url
 
 
-def test_mistakes(folder, capsys, tmp_path, monkeypatch):
+def test_mistakes_are_reported_in_one_sentence(folder, capsys, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"cannot listen on 127.0.0.1, port {port}" in failure(capsys, "serve", folder, "--port", port)
@@ -83,8 +84,8 @@ def test_mistakes(folder, capsys, tmp_path, monkeypatch):
     assert "max_rows must be above 0, got 0" in failure(capsys, "serve", folder, "--max_rows", 0)
     assert "must be above 0, got -1" in failure(capsys, "serve", folder, "--header_seconds=-1")
     assert "prefix_bytes must be above 0, got -1" in failure(capsys, "serve", folder, "--prefix_bytes=-1")
-    none = failure(capsys, "serve", folder, "--prefix_bytes", 0, "--max_rows", 0)
-    assert "max_rows" in none and "prefix_bytes" not in none
+    message = failure(capsys, "serve", folder, "--prefix_bytes", 0, "--max_rows", 0)
+    assert "max_rows" in message and "prefix_bytes" not in message
     assert "temperature must lie between 0 and 1" in failure(capsys, "serve", folder, "--temperature", 2)
     assert "cannot be read" in failure(capsys, "serve", folder, "--api_key_file", tmp_path / "none")
     (tmp_path / "empty").write_text("\n")

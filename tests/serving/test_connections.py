@@ -1,45 +1,39 @@
-"""Connections that are slow, silent, too many, or no HTTP: each gets its time, and an error of the API."""
+"""Connections that are slow, silent, too many, or not HTTP: time limits, and errors in the API's format."""
 
 import json
 import resource
 import select
 import socket
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
-from serving_client import PROMPT, alone, serving, slowed, wait_until
+from serving_client import PROMPT, address_of, connect, generate_text, serving, slow_down_steps, wait_until
 
 from calm.serving import connections
 from calm.serving.connections import affordable_connections
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
-QUICK = {"header_seconds": 0.3, "body_seconds": 0.4, "write_seconds": 0.4}
+SHORT_TIMEOUTS = {"header_seconds": 0.3, "body_seconds": 0.4, "write_seconds": 0.4}
 
 
 @pytest.fixture(scope="module")
-def quick(model, tokenizer):
-    with serving(model, tokenizer, **QUICK) as running:
+def impatient_server(model, tokenizer):
+    with serving(model, tokenizer, **SHORT_TIMEOUTS) as running:
         yield running
 
 
-@contextmanager
-def connected(url):
-    with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=10) as connection:
-        yield connection
-
-
-def rest_of(connection):
-    """All that comes until the server hangs up."""
+def read_to_end(connection):
+    """Everything that arrives until the server hangs up."""
     parts = []
     while part := connection.recv(1 << 16):
         parts.append(part)
     return b"".join(parts)
 
 
-def status_of(raw):
-    """The status, after a check that the answer is an error of the API."""
+def status_of_error(raw):
+    """The status of a raw response, which must be an error of the API."""
     head, _, body = raw.partition(b"\r\n\r\n")
     assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
     headers = head.lower()
@@ -48,89 +42,89 @@ def status_of(raw):
     return int(head.split()[1])
 
 
-def is_well(url):
+def check_health(url):
     assert httpx.get(f"{url}/health", timeout=10).status_code == 200
 
 
 def trickle(connection, data, pause=0.05):
-    """Send byte after byte until the server has had enough, and give what it said."""
+    """Send byte by byte until the server responds or hangs up; return the response."""
     connection.settimeout(pause)
-    for place in range(len(data)):
+    for index in range(len(data)):
         try:
-            connection.sendall(data[place : place + 1])
-            if said := connection.recv(1 << 16):
+            connection.sendall(data[index : index + 1])
+            if response := connection.recv(1 << 16):
                 connection.settimeout(10)
-                return said + rest_of(connection)
+                return response + read_to_end(connection)
             return b""
         except socket.timeout:  # noqa: UP041 (another class before Python 3.10)
             continue
     raise AssertionError("the server waited for all of it")
 
 
-def test_a_silent_connection_is_closed(quick):
-    with connected(quick[2]) as connection:
-        assert rest_of(connection) == b""
-    is_well(quick[2])
+def test_a_silent_connection_is_closed(impatient_server):
+    with connect(impatient_server.url) as connection:
+        assert read_to_end(connection) == b""
+    check_health(impatient_server.url)
 
 
 @pytest.mark.parametrize(
-    "begin", [b"", b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"], ids=["first", "second"]
+    "previous_request", [b"", b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"], ids=["first", "second"]
 )
-def test_a_slow_head(begin, quick):
-    with connected(quick[2]) as connection:
-        connection.sendall(begin)
-        if begin:
+def test_slow_request_head_times_out(previous_request, impatient_server):
+    with connect(impatient_server.url) as connection:
+        connection.sendall(previous_request)
+        if previous_request:
             assert b"200 OK" in connection.recv(1 << 16)
-        assert status_of(trickle(connection, HEAD + b"x: " + b"y" * 1000)) == 408
+        assert status_of_error(trickle(connection, HEAD + b"x: " + b"y" * 1000)) == 408
 
 
 @pytest.mark.parametrize("framing", [b"content-length: 5000", b"transfer-encoding: chunked"])
-def test_a_slow_body(framing, quick):
+def test_slow_request_body_times_out(framing, impatient_server):
     body = b"{" if b"length" in framing else b"1\r\n{\r\n"
-    with connected(quick[2]) as connection:
+    with connect(impatient_server.url) as connection:
         connection.sendall(HEAD + framing + b"\r\n\r\n")
-        assert status_of(trickle(connection, body * 1000)) == 408
-    _, client, url = quick
+        assert status_of_error(trickle(connection, body * 1000)) == 408
+    _, client, url = impatient_server
     assert client.completions.create(model="tiny", prompt=PROMPT, max_tokens=4).choices[0].text
-    is_well(url)
+    check_health(url)
 
 
 @pytest.mark.parametrize("path", [b"/nothing", b"/v1/completions"])
-def test_a_body_that_nobody_reads_ends_too(path, quick):
-    """The answer, an error, comes before the end of the body."""
+def test_unread_request_body_is_cut_off(path, impatient_server):
+    """The server responds with an error before the body ends."""
     head = b"POST " + path + b" HTTP/1.1\r\nhost: evil.example\r\ncontent-length: 100000\r\n\r\n"
-    with connected(quick[2]) as connection:
+    with connect(impatient_server.url) as connection:
         connection.sendall(head)
         assert b"403" in connection.recv(1 << 16)
         began = time.monotonic()
-        with pytest.raises((ConnectionError, AssertionError)):
-            assert trickle(connection, b"x" * 1000) == b"more"
+        with suppress(ConnectionError):
+            trickle(connection, b"x" * 1000)
         assert time.monotonic() - began < 20
 
 
 @pytest.fixture
 def small_buffers(monkeypatch):
-    """Of the system, so that little of an answer is out of this process's hands."""
-    made = connections.Connection.connection_made
+    """A small send buffer in the system, so that most of an unread response stays in the server."""
+    connection_made = connections.Connection.connection_made
 
-    def with_small_ones(self, transport):
+    def with_small_buffer(self, transport):
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        made(self, transport)
+        connection_made(self, transport)
 
-    monkeypatch.setattr(connections.Connection, "connection_made", with_small_ones)
+    monkeypatch.setattr(connections.Connection, "connection_made", with_small_buffer)
 
 
-def reads_nothing(url):
+def connect_with_small_buffer(url):
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.settimeout(10)
-    connection.connect(("127.0.0.1", int(url.rsplit(":", 1)[1])))
+    connection.connect(address_of(url))
     return connection
 
 
-def test_a_stream_that_is_not_read_ends_its_texts(model, tokenizer, monkeypatch, small_buffers):
-    slowed(monkeypatch, 0.02)
-    asked = {
+def test_unread_stream_cancels_its_texts(model, tokenizer, monkeypatch, small_buffers):
+    slow_down_steps(monkeypatch, 0.02)
+    request = {
         "model": "tiny",
         "prompt": PROMPT,
         "max_tokens": 200,
@@ -138,41 +132,44 @@ def test_a_stream_that_is_not_read_ends_its_texts(model, tokenizer, monkeypatch,
         "stream": True,
         "return_chunks": True,
     }
-    body = json.dumps(asked).encode()
-    with serving(model, tokenizer, **QUICK) as (engine, _, url), reads_nothing(url) as connection:
+    body = json.dumps(request).encode()
+    with (
+        serving(model, tokenizer, **SHORT_TIMEOUTS) as (engine, _, url),
+        connect_with_small_buffer(url) as connection,
+    ):
         connection.sendall(HEAD + f"content-length: {len(body)}\r\n\r\n".encode() + body)
         wait_until(lambda: engine.num_rows == 16)
         wait_until(lambda: engine.num_rows == 0)
         assert engine.statistics.tokens < 16 * 200
-        is_well(url)
+        check_health(url)
 
 
-def test_answers_that_are_not_taken(quick, small_buffers):
-    """One request after the other."""
-    with reads_nothing(quick[2]) as connection:
-        # At once: the server has read them all, and nothing it had not read would make the system hang up.
+def test_connection_with_unread_responses_is_closed(impatient_server, small_buffers):
+    """The requests are pipelined."""
+    with connect_with_small_buffer(impatient_server.url) as connection:
+        # All at once: the server reads every request, so unread input cannot be why the connection ends.
         connection.sendall(50 * b"GET /page/playground.js HTTP/1.1\r\nhost: localhost\r\n\r\n")
-        ended = select.poll()
-        ended.register(connection, 0)  # Nothing but its end is asked for.
-        assert ended.poll(60_000)
+        poller = select.poll()
+        poller.register(connection, 0)  # Wait only for its end.
+        assert poller.poll(60_000)
         with pytest.raises(ConnectionError):
-            rest_of(connection)
-    is_well(quick[2])
+            read_to_end(connection)
+    check_health(impatient_server.url)
 
 
-def test_a_reader_that_is_only_slow_gets_all(quick, small_buffers):
-    with reads_nothing(quick[2]) as connection:
+def test_slow_reader_receives_the_whole_response(impatient_server, small_buffers):
+    with connect_with_small_buffer(impatient_server.url) as connection:
         connection.sendall(
             b"GET /page/playground.js HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
         )
-        said = bytearray()
+        received = bytearray()
         while part := connection.recv(500):
-            said += part
+            received += part
             time.sleep(0.005)
-    assert bytes(said).endswith(httpx.get(f"{quick[2]}/page/playground.js").content)
+    assert bytes(received).endswith(httpx.get(f"{impatient_server.url}/page/playground.js").content)
 
 
-BAD = {
+MALFORMED = {
     "no http": (b"hello\r\n\r\n", 400),
     "tls": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00\x0a" * 20 + b"\r\n\r\n", 400),
     "no host": (b"GET / HTTP/1.1\r\n\r\n", 400),
@@ -189,28 +186,29 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("raw", "status"), BAD.values(), ids=BAD)
-def test_what_is_no_http(raw, status, server):
-    with connected(server[2]) as connection:
+@pytest.mark.parametrize(("raw", "status"), MALFORMED.values(), ids=MALFORMED)
+def test_malformed_requests_get_api_errors(raw, status, server):
+    with connect(server.url) as connection:
         connection.sendall(raw)
-        said = rest_of(connection)
-    assert status_of(said) == status and len(said) < 1000
-    is_well(server[2])
+        response = read_to_end(connection)
+    assert status_of_error(response) == status and len(response) < 1000
+    check_health(server.url)
 
 
-def test_too_many_connections_and_those_of_one_client(model, tokenizer):
-    for limits, whose in (
+def test_connections_are_limited_in_total_and_per_client(model, tokenizer):
+    for limits, message in (
         ({"max_connections": 3}, b"3 connections from all clients"),
         ({"max_client_connections": 3}, b"3 connections from one client"),
     ):
         with serving(model, tokenizer, **limits) as (_, _, url), ExitStack() as stack:
-            kept = [stack.enter_context(connected(url)) for _ in range(3)]
+            held = [stack.enter_context(connect(url)) for _ in range(3)]
             for _ in range(5):
-                with connected(url) as one:
-                    one.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
-                    said = rest_of(one)
-                    assert status_of(said) == 503 and whose in said and b"retry-after" in said.lower()
-            kept[0].close()
+                with connect(url) as refused:
+                    refused.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+                    response = read_to_end(refused)
+                    assert status_of_error(response) == 503
+                    assert message in response and b"retry-after" in response.lower()
+            held[0].close()
             wait_until(lambda: can_connect(url))
 
 
@@ -221,15 +219,17 @@ def can_connect(url):
         return False
 
 
-def test_a_flood_of_connections_leaves_descriptors(model, tokenizer, caplog):
+def test_server_recovers_from_a_flood_of_connections(model, tokenizer, caplog):
     with serving(model, tokenizer, max_connections=4) as (_, client, url), ExitStack() as stack:
         for _ in range(200):
-            stack.enter_context(connected(url))
+            stack.enter_context(connect(url))
         stack.close()
         wait_until(lambda: can_connect(url))
-        text = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=8, seed=1, temperature=1)
-        expected = alone(model, tokenizer, PROMPT, max_new_tokens=8, seed=1, temperature=1.0)
-        assert text.choices[0].text == expected
+        completion = client.completions.create(
+            model="tiny", prompt=PROMPT, max_tokens=8, seed=1, temperature=1
+        )
+        expected = generate_text(model, tokenizer, PROMPT, max_new_tokens=8, seed=1, temperature=1.0)
+        assert completion.choices[0].text == expected
     assert "Traceback" not in caplog.text and len(caplog.records) < 20
 
 
@@ -244,9 +244,9 @@ def test_a_flood_of_connections_leaves_descriptors(model, tokenizer, caplog):
     (resource.RLIM_INFINITY, resource.RLIM_INFINITY, (512, 100), []),
     (300, resource.RLIM_INFINITY, (512, 100), [512 + 262]),
 ])  # fmt: skip
-def test_connections_are_as_many_as_descriptors(soft, hard, expected, raised, monkeypatch):
+def test_connection_limits_follow_file_descriptor_limits(soft, hard, expected, raised, monkeypatch):
     limits = []
     monkeypatch.setattr(connections, "_open_files", lambda: 30)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
-    monkeypatch.setattr(resource, "setrlimit", lambda _, both: limits.append(both[0]))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, soft_and_hard: limits.append(soft_and_hard[0]))
     assert affordable_connections(512) == expected and limits == raised

@@ -1,4 +1,4 @@
-"""A model of tokens that a CALM drafts for, over HTTP."""
+"""A token-level model for which a CALM drafts, over HTTP."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -6,7 +6,7 @@ import httpx
 import pytest
 import torch
 from drafts import deciding_model, drafting_model
-from serving_client import PROMPT, alone, serving, wait_until
+from serving_client import PROMPT, generate_text, serving, wait_until
 from tiny import EOS
 from toy import failure
 
@@ -23,17 +23,25 @@ DRAFT = drafting_model(vocab_size=320)
 
 
 @pytest.fixture(scope="module")
-def running(tokenizer):
+def drafting_server(tokenizer):
     with serving(DraftedWriter(MODEL, DRAFT, 2), tokenizer) as server:
         yield server
 
 
 def post(server, path="/v1/completions", **changes):
     body = {"model": "tiny", "prompt": PROMPT, **changes}
-    return httpx.post(server[2] + path, json=body, timeout=30)
+    return httpx.post(server.url + path, json=body, timeout=30)
 
 
-WAYS = [
+def finish(batch, row):
+    """Step until a row, the only one of its batch, has ended; its new tokens."""
+    tokens = []
+    while not row.has_ended:
+        tokens += [token for result in batch.step() for token in result.tokens]
+    return tokens
+
+
+SAMPLING = [
     {"temperature": 1.0},
     {"temperature": 0.0},
     {"temperature": 0.6, "top_p": 0.8},
@@ -42,69 +50,74 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("how", WAYS, ids=str)
-def test_texts_are_those_of_generate_in_any_company(running, tokenizer, how):
+@pytest.mark.parametrize("sampling", SAMPLING, ids=str)
+def test_concurrent_texts_match_generate(drafting_server, tokenizer, sampling):
     expected = (
-        alone(MODEL, tokenizer, PROMPT, draft=DRAFT, draft_chunks=2, max_new_tokens=12, seed=1, **how)
-        if how["temperature"] <= 1
+        generate_text(
+            MODEL, tokenizer, PROMPT, draft=DRAFT, draft_chunks=2, max_new_tokens=12, seed=1, **sampling
+        )
+        if sampling["temperature"] <= 1
         else None
     )
     with ThreadPoolExecutor(8) as threads:
-        asked = [
-            threads.submit(post, running, max_tokens=12, seed=seed, **how) for seed in (1, 2, 3, 1, 4, 1)
+        futures = [
+            threads.submit(post, drafting_server, max_tokens=12, seed=seed, **sampling)
+            for seed in (1, 2, 3, 1, 4, 1)
         ]
-        texts = [one.result().json()["choices"][0]["text"] for one in asked]
+        texts = [future.result().json()["choices"][0]["text"] for future in futures]
     assert texts[0] == texts[3] == texts[5] and expected in (None, texts[0])
-    assert how["temperature"] == 0 or len(set(texts)) == 4
+    assert sampling["temperature"] == 0 or len(set(texts)) == 4
 
 
-def test_what_a_models_own_configuration_asks_for_is_done_here_too(tokenizer):
+def test_generation_config_of_the_model_is_honoured(tokenizer):
     model = deciding_model(320, max_position_embeddings=256)
     model.generation_config.repetition_penalty, model.generation_config.eos_token_id = 1.7, EOS
-    how = {"temperature": 0.0, "seed": 1}
+    settings = {"temperature": 0.0, "seed": 1}
     ids = tokenizer(PROMPT)["input_ids"]
     batch = DraftedBatch(model, DRAFT, 2)
-    row, written = batch.join(ids, TokenSampler(temperature=0.0), 12, 1), []
-    while not row.has_ended:
-        written += [token for one in batch.step() for token in one.tokens]
-    text = tokenizer.decode(written)
-    assert text == alone(model, tokenizer, PROMPT, draft=DRAFT, draft_chunks=2, max_new_tokens=12, **how)
-    assert text != alone(MODEL, tokenizer, PROMPT, draft=DRAFT, draft_chunks=2, max_new_tokens=12, **how)
-
-
-def test_a_temperature_of_next_to_nothing_is_none(running):
-    greedy, near = (
-        post(running, max_tokens=12, temperature=temperature).json() for temperature in (0, 1e-300)
+    row = batch.join(ids, TokenSampler(temperature=0.0), 12, 1)
+    text = tokenizer.decode(finish(batch, row))
+    assert text == generate_text(
+        model, tokenizer, PROMPT, draft=DRAFT, draft_chunks=2, max_new_tokens=12, **settings
     )
-    assert near["choices"][0]["text"] == greedy["choices"][0]["text"]
+    assert text != generate_text(
+        MODEL, tokenizer, PROMPT, draft=DRAFT, draft_chunks=2, max_new_tokens=12, **settings
+    )
 
 
-def test_tokens_that_the_tokenizer_has_and_the_model_has_not_are_refused(tokenizer):
+def test_tiny_temperature_is_greedy(drafting_server):
+    greedy, nearly_greedy = (
+        post(drafting_server, max_tokens=12, temperature=temperature).json() for temperature in (0, 1e-300)
+    )
+    assert nearly_greedy["choices"][0]["text"] == greedy["choices"][0]["text"]
+
+
+def test_token_ids_beyond_the_models_vocabulary_are_refused(tokenizer):
     with serving(DraftedWriter(deciding_model(300, max_position_embeddings=256), DRAFT), tokenizer) as server:
-        answer = post(server, prompt=[5, 310], max_tokens=2)
-    assert len(tokenizer) > 310 and answer.status_code == 400
-    assert "must be between 0 and 299" in answer.json()["error"]["message"]
+        response = post(server, prompt=[5, 310], max_tokens=2)
+    assert len(tokenizer) > 310 and response.status_code == 400
+    assert "must be between 0 and 299" in response.json()["error"]["message"]
 
 
-def test_copies_of_a_prompt_differ(running, tokenizer):
-    choices = post(running, n=3, max_tokens=12, seed=1, temperature=1).json()["choices"]
-    texts = [one["text"] for one in choices]
+def test_several_texts_for_a_prompt_differ(drafting_server, tokenizer):
+    choices = post(drafting_server, n=3, max_tokens=12, seed=1, temperature=1).json()["choices"]
+    texts = [choice["text"] for choice in choices]
     assert len(set(texts)) == 3
-    assert texts[0] == alone(
+    assert texts[0] == generate_text(
         MODEL, tokenizer, PROMPT, draft=DRAFT, draft_chunks=2, max_new_tokens=12, seed=1, temperature=1.0
     )
 
 
-def test_streams_and_rounds_are_told(running):
-    _, client, _ = running
-    how = {"model": "tiny", "prompt": PROMPT, "max_tokens": 12, "seed": 1, "temperature": 1}
-    whole = client.completions.create(**how).choices[0].text
-    parts = [event.choices[0].text for event in client.completions.create(stream=True, **how)]
-    assert "".join(parts) == whole and len(parts) > 1
-    [choice] = post(running, return_chunks=True, **how).json()["choices"]
+def test_stream_matches_the_text_and_rounds_are_reported(drafting_server):
+    _, client, _ = drafting_server
+    arguments = {"model": "tiny", "prompt": PROMPT, "max_tokens": 12, "seed": 1, "temperature": 1}
+    text = client.completions.create(**arguments).choices[0].text
+    parts = [event.choices[0].text for event in client.completions.create(stream=True, **arguments)]
+    assert "".join(parts) == text and len(parts) > 1
+    [choice] = post(drafting_server, return_chunks=True, **arguments).json()["choices"]
     rounds = choice["chunks"]
-    assert sum(len(one["token_ids"]) for one in rounds) == 12 > len(rounds)
-    assert all(0 <= one["agreement"] <= 1 for one in rounds)
+    assert sum(len(chunk["token_ids"]) for chunk in rounds) == 12 > len(rounds)
+    assert all(0 <= chunk["agreement"] <= 1 for chunk in rounds)
 
 
 @pytest.mark.parametrize(
@@ -117,27 +130,25 @@ def test_streams_and_rounds_are_told(running):
         ({"prompt": "a " * 400}, "shorten the prompt"),
     ],
 )
-def test_what_cannot_be_honoured_is_said(running, changes, message):
-    answer = post(running, **changes)
-    assert answer.status_code == 400 and message in answer.json()["error"]["message"]
+def test_unsupported_arguments_are_refused(drafting_server, changes, message):
+    response = post(drafting_server, **changes)
+    assert response.status_code == 400 and message in response.json()["error"]["message"]
 
 
-def test_there_is_no_playground_and_there_are_no_pools(running):
+def test_token_models_have_neither_playground_nor_pools(drafting_server):
     for path in ("/", "/page"):
-        assert httpx.get(running[2] + path).status_code == 404
-    assert post(running, "/v1/calm/pool").status_code == 404
+        assert httpx.get(drafting_server.url + path).status_code == 404
+    assert post(drafting_server, "/v1/calm/pool").status_code == 404
 
 
-def test_texts_end_where_the_model_ends_them(tokenizer):
+def test_texts_end_at_any_eos_token_of_the_model(tokenizer):
     model = deciding_model(320, max_position_embeddings=256)
     model.generation_config.eos_token_id = [EOS, 7]
     batch = DraftedBatch(model, DRAFT)
     with torch.no_grad():
         model.lm_head.weight[7] = 4 * model.lm_head.weight.norm(dim=1).max() * torch.randn(16).double()
     row = batch.join([1, 5, 6], TokenSampler(temperature=1.0), 200, seed=0)
-    tokens = []
-    while not row.has_ended:
-        tokens += [token for one in batch.step() for token in one.tokens]
+    tokens = finish(batch, row)
     assert (
         len(batch) == 0 and tokens[-1] in (EOS, 7) and not {EOS, 7} & set(tokens[:-1]) and len(tokens) < 200
     )
@@ -146,19 +157,17 @@ def test_texts_end_where_the_model_ends_them(tokenizer):
 def test_texts_end_where_generate_ends_them():
     # The prompt repeats itself, so the first draft is copied from it.
     model, prompt = deciding_model(320, max_position_embeddings=256), [1, 5, 6, 7] * 3
-    model.generation_config.top_k = 1  # Both set it aside.
-    how = {"temperature": 1.0, "seed": 0, "max_new_tokens": 30, "draft": DRAFT}
-    free = language_model(model).generate(torch.tensor([prompt]), **how)[0, 12:].tolist()
-    model.config.eos_token_id, model.generation_config.eos_token_id = free[4], free[15]
-    batch, tokens = DraftedBatch(model, DRAFT), []
-    row = batch.join(prompt, TokenSampler(temperature=1.0), 30, seed=0)
-    while not row.has_ended:
-        tokens += [token for one in batch.step() for token in one.tokens]
-    assert tokens == language_model(model).generate(torch.tensor([prompt]), **how)[0, 12:].tolist()
-    assert tokens == free[: free.index(free[15]) + 1]
+    model.generation_config.top_k = 1  # Ignored by both.
+    settings = {"temperature": 1.0, "seed": 0, "max_new_tokens": 30, "draft": DRAFT}
+    without_eos = language_model(model).generate(torch.tensor([prompt]), **settings)[0, 12:].tolist()
+    model.config.eos_token_id, model.generation_config.eos_token_id = without_eos[4], without_eos[15]
+    batch = DraftedBatch(model, DRAFT)
+    tokens = finish(batch, batch.join(prompt, TokenSampler(temperature=1.0), 30, seed=0))
+    assert tokens == language_model(model).generate(torch.tensor([prompt]), **settings)[0, 12:].tolist()
+    assert tokens == without_eos[: without_eos.index(without_eos[15]) + 1]
 
 
-def test_long_prompts_are_read_in_pieces_and_change_nothing():
+def test_reading_prompts_in_pieces_changes_nothing():
     prompt = torch.randint(3, 320, (90,), generator=torch.Generator().manual_seed(0)).tolist()
     texts = []
     for tokens_at_once in (1000, 7):
@@ -166,18 +175,18 @@ def test_long_prompts_are_read_in_pieces_and_change_nothing():
         row = batch.join(prompt, TokenSampler(temperature=0.0), 10, seed=0)
         steps, tokens = 0, []
         while not row.has_ended:
-            tokens += [token for one in batch.step() for token in one.tokens]
+            tokens += [token for result in batch.step() for token in result.tokens]
             steps += 1
         texts.append(tokens)
         assert (steps > 12) == (tokens_at_once == 7)
     assert texts[0] == texts[1]
 
 
-def test_rows_take_turns_and_leave(monkeypatch):
+def test_rows_take_turns_and_can_be_dropped_or_fail(monkeypatch):
     batch = DraftedBatch(MODEL, DRAFT, max_rows=2)
     rows = [batch.join([1, 5, 6], TokenSampler(), 30, seed=seed) for seed in range(3)]
-    seen = [batch.step()[0].row for _ in range(4)]
-    assert seen == [rows[0], rows[1]] * 2 and len(batch) == 3
+    first_rows = [batch.step()[0].row for _ in range(4)]
+    assert first_rows == [rows[0], rows[1]] * 2 and len(batch) == 3
     batch.drop(rows[0])
     assert len(batch) == 2 and {batch.step()[0].row for _ in range(2)} == set(rows[1:])
     draft = ChunkDrafter.draft
@@ -188,17 +197,17 @@ def test_rows_take_turns_and_leave(monkeypatch):
         return draft(self, text, *others)
 
     monkeypatch.setattr(ChunkDrafter, "draft", failing)
-    failed = []
-    while not failed:
-        failed = [one for one in batch.step() if isinstance(one, Failed)]
+    failures = []
+    while not failures:
+        failures = [result for result in batch.step() if isinstance(result, Failed)]
     monkeypatch.undo()
-    assert failed[0].row.has_ended and len(batch) <= 1
+    assert failures[0].row.has_ended and len(batch) <= 1
     while len(batch):
         batch.step()
     assert all(row.has_ended for row in rows)
 
 
-def test_who_leaves_frees_its_place(tokenizer):
+def test_disconnect_frees_the_row(tokenizer):
     with serving(DraftedWriter(MODEL, DRAFT), tokenizer, max_rows=1, max_tokens=200) as (engine, client, _):
         stream = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=200, stream=True)
         next(iter(stream))

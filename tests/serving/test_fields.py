@@ -1,4 +1,4 @@
-"""Every field of the OpenAI API: honoured, ignored or refused, and null is always the default."""
+"""Every field of the OpenAI API is honoured, ignored or refused, and null always means the default."""
 
 import httpx
 import openai
@@ -6,14 +6,14 @@ import pytest
 from openai.types import completion_create_params as completions
 from openai.types.chat import completion_create_params as chats
 from other_tokenizers import KINDS
-from serving_client import PROMPT, serving
+from serving_client import PROMPT, must_not_run, serving
 from tiny import tiny_model
 
 from calm.serving import endpoint
 from calm.serving.fields import FIELDS, Honoured, Ignored
 from calm.text.encoding import bos_ids
 
-HTTP = httpx.Client(timeout=30)  # Quicker than one for each request.
+HTTP = httpx.Client(timeout=30)  # Faster than a new client for each request.
 REQUIRED = {"model", "messages"}
 BODIES = {
     "/v1/completions": {"model": "tiny", "prompt": PROMPT, "max_tokens": 4, "seed": 1},
@@ -24,42 +24,41 @@ BODIES = {
 
 
 def fields_of(module):
-    kinds = (module.CompletionCreateParamsNonStreaming, module.CompletionCreateParamsStreaming)
-    return set().union(*(kind.__required_keys__ | kind.__optional_keys__ for kind in kinds))
+    params = (module.CompletionCreateParamsNonStreaming, module.CompletionCreateParamsStreaming)
+    return set().union(*(param.__required_keys__ | param.__optional_keys__ for param in params))
 
 
-NAMES = {"/v1/completions": fields_of(completions), "/v1/chat/completions": fields_of(chats)}
-ALL = [(path, name) for path, names in NAMES.items() for name in sorted(names)]
+FIELD_NAMES = {"/v1/completions": fields_of(completions), "/v1/chat/completions": fields_of(chats)}
+PATHS_AND_NAMES = [(path, name) for path, names in FIELD_NAMES.items() for name in sorted(names)]
 
 
 def post(server, path, **changes):
-    _, _, url = server
-    return HTTP.post(url + path, json={**BODIES[path], **changes}, timeout=30)
+    return HTTP.post(server.url + path, json={**BODIES[path], **changes}, timeout=30)
 
 
 def test_the_table_has_every_field_of_the_client():
-    assert {"max_tokens", "logit_bias", "stream", "verbosity"} <= set().union(*NAMES.values())
-    assert set().union(*NAMES.values()) == set(FIELDS)
-    for path, names in NAMES.items():
+    assert {"max_tokens", "logit_bias", "stream", "verbosity"} <= set().union(*FIELD_NAMES.values())
+    assert set().union(*FIELD_NAMES.values()) == set(FIELDS)
+    for path, names in FIELD_NAMES.items():
         for name, rule in FIELDS.items():
             if isinstance(rule, Honoured):
                 assert (path in rule.paths) == (name in names), name
 
 
-@pytest.mark.parametrize(("path", "name"), ALL)
-def test_null_asks_for_the_default(path, name, server):
-    answer = post(server, path, **{name: None})
+@pytest.mark.parametrize(("path", "name"), PATHS_AND_NAMES)
+def test_null_means_the_default(path, name, server):
+    response = post(server, path, **{name: None})
     if name in REQUIRED:
-        assert answer.status_code == 400 and answer.json()["error"]["message"] == f"'{name}' is missing."
+        assert response.status_code == 400 and response.json()["error"]["message"] == f"'{name}' is missing."
     else:
-        assert answer.status_code == 200, answer.text
+        assert response.status_code == 200, response.text
 
 
-def test_nulls_change_no_text(server):
-    for path, names in NAMES.items():
+def test_nulls_do_not_change_the_text(server):
+    for path, names in FIELD_NAMES.items():
         nulls = dict.fromkeys(names - set(BODIES[path]))
-        more = dict.fromkeys(("min_p", "sampler", "num_draws", "max_draws", "return_chunks"))
-        choices = post(server, path, **nulls, **more).json()["choices"]
+        extensions = dict.fromkeys(("min_p", "sampler", "num_draws", "max_draws", "return_chunks"))
+        choices = post(server, path, **nulls, **extensions).json()["choices"]
         assert choices == post(server, path).json()["choices"]
 
 
@@ -77,12 +76,12 @@ DEFAULTS = {
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_asking_for_the_default_is_no_error(path, server):
+def test_explicit_defaults_are_accepted(path, server):
     assert post(server, path, **DEFAULTS).json()["choices"] == post(server, path).json()["choices"]
     assert post(server, path, service_tier="default", tool_choice="auto").status_code == 200
 
 
-OTHER = {
+UNSUPPORTED = {
     "logprobs": 0, "top_logprobs": 2, "logit_bias": {"5": 1}, "presence_penalty": 0.5,
     "frequency_penalty": -1,
     "best_of": 2, "suffix": "x", "tools": [{}], "tool_choice": "required", "functions": [{}],
@@ -93,37 +92,37 @@ OTHER = {
 }  # fmt: skip
 
 
-def test_all_that_is_refused_is_tried():
-    assert set(OTHER) == {n for n, rule in FIELDS.items() if not isinstance(rule, Honoured | Ignored)}
+def test_every_unsupported_field_is_tested():
+    assert set(UNSUPPORTED) == {n for n, rule in FIELDS.items() if not isinstance(rule, Honoured | Ignored)}
 
 
-@pytest.mark.parametrize("name", OTHER)
-def test_what_cannot_be_honoured_is_refused_with_a_reason(name, server):
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_values_are_refused_with_a_reason(name, server):
     for path in BODIES:
-        error = post(server, path, **{name: OTHER[name]}).json()["error"]
+        error = post(server, path, **{name: UNSUPPORTED[name]}).json()["error"]
         assert f"'{name}' is not supported: " in error["message"]
         assert (error["param"], error["code"]) == (name, "unsupported_parameter")
 
 
 @pytest.mark.parametrize("name", [name for name, rule in FIELDS.items() if isinstance(rule, Ignored)])
-def test_what_is_ignored_has_a_type(name, server):
+def test_types_of_ignored_fields_are_checked(name, server):
     error = post(server, "/v1/completions", **{name: 3}).json()["error"]
     assert error["param"] == name and "got a number" in error["message"]
 
 
-def test_a_refusal_lists_what_is_accepted(server):
+def test_refusal_lists_the_accepted_values(server):
     error = post(server, "/v1/chat/completions", tool_choice="required").json()["error"]
     assert error["message"].endswith('Leave it out or send "none" or "auto" or null.')
     error = post(server, "/v1/chat/completions", audio={}).json()["error"]
     assert error["message"].endswith("Leave it out or send null.")
 
 
-def test_a_server_with_a_low_limit_answers_who_asks_for_no_length(model, tokenizer):
+def test_low_token_limit_applies_where_no_length_is_given(model, tokenizer):
     with serving(model, tokenizer, max_tokens=8) as (_, client, _):
         assert client.completions.create(model="tiny", prompt=PROMPT).usage.completion_tokens == 8
 
 
-def test_a_field_of_the_other_path_says_so(server):
+def test_field_of_another_path_is_refused_as_such(server):
     for path, name, value in (
         ("/v1/chat/completions", "echo", True),
         ("/v1/chat/completions", "prompt", "a"),
@@ -135,29 +134,29 @@ def test_a_field_of_the_other_path_says_so(server):
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "n", "seed", "num_draws", "max_draws"])
-def test_whole_numbers_are_whole_however_they_are_written(name, server):
-    whole = post(server, "/v1/completions", **{name: 16})
-    assert post(server, "/v1/completions", **{name: 16.0}).json()["choices"] == whole.json()["choices"]
+def test_integers_may_be_written_as_floats_but_nothing_else(name, server):
+    expected = post(server, "/v1/completions", **{name: 16})
+    assert post(server, "/v1/completions", **{name: 16.0}).json()["choices"] == expected.json()["choices"]
     for wrong in (16.5, True, "16", [16], {}):
-        answer = post(server, "/v1/completions", **{name: wrong})
-        assert answer.status_code == 400 and answer.json()["error"]["param"] == name
+        response = post(server, "/v1/completions", **{name: wrong})
+        assert response.status_code == 400 and response.json()["error"]["param"] == name
 
 
-def test_token_ids_may_be_whole_floats_too(server):
+def test_token_ids_may_be_written_as_floats(server):
     path = "/v1/completions"
     expected = post(server, path, prompt=[40, 41], echo=True).json()["choices"]
     assert post(server, path, prompt=[40.0, 41.0], echo=True).json()["choices"] == expected
 
 
 @pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "stream", "echo", "return_chunks"])
-def test_nothing_is_guessed_from_another_type(name, server):
+def test_values_of_other_types_are_not_converted(name, server):
     wrong = [1, "true", [], {}] if name in ("stream", "echo", "return_chunks") else [True, "1", [], {}]
     for value in wrong:
-        answer = post(server, "/v1/completions", **{name: value})
-        assert answer.status_code == 400 and answer.json()["error"]["param"] == name
+        response = post(server, "/v1/completions", **{name: value})
+        assert response.status_code == 400 and response.json()["error"]["param"] == name
 
 
-WRONG = {
+INVALID = {
     "a number": ({"prompt": 3}, "prompt", "prompt: must be a string, an array of token ids, or an array"),
     "mixed": ({"prompt": ["a", 1]}, "prompt[1]", "prompt[1]: must be a string like those before it, got a n"),
     "text in ids": (
@@ -165,7 +164,7 @@ WRONG = {
         "prompt[1]",
         "prompt[1]: token ids must be whole numbers, got a string",
     ),
-    "a half": ({"prompt": [1, 2.5]}, "prompt[1]", "prompt[1]: token ids must be whole numbers, got 2.5."),
+    "fraction": ({"prompt": [1, 2.5]}, "prompt[1]", "prompt[1]: token ids must be whole numbers, got 2.5."),
     "ids in ids": ({"prompt": [[1], [2, True]]}, "prompt[1][1]", "token ids must be whole numbers"),
     "null in prompts": (
         {"prompt": ["a", None]},
@@ -187,12 +186,12 @@ WRONG = {
         "stream_options",
         "stream_options: must be an object, got a",
     ),
-    "in them": (
+    "a stream option": (
         {"stream_options": {"include_usage": 3}},
         "stream_options.include_usage",
         "stream_options.include_usage: Input should be a valid boolean.",
     ),
-    "unknown there": ({"stream_options": {"x": 1}}, "stream_options.x", "no argument 'stream_options.x'"),
+    "unknown option": ({"stream_options": {"x": 1}}, "stream_options.x", "no argument 'stream_options.x'"),
     "metadata": ({"metadata": {"a": 1}}, "metadata", "values of 'metadata' must be strings"),
     "much metadata": (
         {"metadata": {str(n): "a" for n in range(17)}},
@@ -209,32 +208,32 @@ WRONG = {
     ),
     "a seed beyond 64 bits": ({"seed": 2**63}, "seed", "seed: Input should be less than or equal to"),
     "unknown and null": ({"color": None}, "color", "there is no argument 'color'"),
-    "lines": ({"a\nb": 1}, "a\\nb", "there is no argument 'a\\nb'"),
+    "a line break in a name": ({"a\nb": 1}, "a\\nb", "there is no argument 'a\\nb'"),
     "a long name": ({"x" * 500: 1}, "x" * 80 + "...", "there is no argument"),
 }
 
 
-@pytest.mark.parametrize(("changes", "param", "message"), WRONG.values(), ids=WRONG)
-def test_errors_are_one_sentence_that_names_the_place(changes, param, message, server):
+@pytest.mark.parametrize(("changes", "param", "message"), INVALID.values(), ids=INVALID)
+def test_errors_are_one_sentence_and_name_the_field(changes, param, message, server):
     error = post(server, "/v1/completions", **changes).json()["error"]
     assert error["param"] == param and message in error["message"]
     assert len(error["message"]) < 300 and "\n" not in error["message"]
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama with an end"])
-def test_no_prompt_is_the_beginning_of_a_text(kind):
+def test_missing_prompt_starts_from_bos(kind):
     tokenizer = KINDS[kind]()
     with serving(tiny_model(4, vocab_size=len(tokenizer)), tokenizer) as (_, client, url):
         arguments = {"model": "tiny", "max_tokens": 8, "seed": 1}
-        begin = bos_ids(tokenizer)
-        expected = client.completions.create(prompt=begin, **arguments)
+        bos = bos_ids(tokenizer)
+        expected = client.completions.create(prompt=bos, **arguments)
         for prompt in ({"prompt": None}, {}, {"prompt": ""}):
-            answer = HTTP.post(f"{url}/v1/completions", json={**arguments, **prompt}).json()
-            assert answer["choices"][0]["text"] == expected.choices[0].text
-            assert answer["usage"]["prompt_tokens"] == len(begin) == 1
+            response = HTTP.post(f"{url}/v1/completions", json={**arguments, **prompt}).json()
+            assert response["choices"][0]["text"] == expected.choices[0].text
+            assert response["usage"]["prompt_tokens"] == len(bos) == 1
 
 
-def test_where_no_token_begins_a_text_a_prompt_is_asked_for():
+def test_prompt_is_required_without_a_bos_token():
     tokenizer = KINDS["words"]()
     assert bos_ids(tokenizer) == []
     with serving(tiny_model(4, vocab_size=len(tokenizer)), tokenizer) as (_, client, _):
@@ -243,20 +242,17 @@ def test_where_no_token_begins_a_text_a_prompt_is_asked_for():
         assert raised.value.param == "prompt"
 
 
-def test_a_request_that_can_never_be_served_is_refused_before_any_work(server, monkeypatch):
-    def worked(*_):
-        raise AssertionError("a prompt was encoded")
-
-    monkeypatch.setattr(endpoint, "encode_documents", worked)
-    monkeypatch.setattr(endpoint, "encode_chat", worked)
+def test_impossible_requests_are_refused_before_encoding(server, monkeypatch):
+    monkeypatch.setattr(endpoint, "encode_documents", must_not_run)
+    monkeypatch.setattr(endpoint, "encode_chat", must_not_run)
     for changes, count, param in (
         ({"prompt": ["a"] * 100_000, "n": 128}, 12_800_000, "prompt"),
         ({"prompt": [[1]] * 257}, 257, "prompt"),
         ({"prompt": ["a"] * 3, "n": 100}, 300, "n"),
     ):
-        answer = post(server, "/v1/completions", **changes)
-        assert answer.status_code == 400 and answer.json()["error"]["param"] == param
-        assert f"asks for {count} texts, but at most 256" in answer.json()["error"]["message"]
+        response = post(server, "/v1/completions", **changes)
+        assert response.status_code == 400 and response.json()["error"]["param"] == param
+        assert f"asks for {count} texts, but at most 256" in response.json()["error"]["message"]
     for changes in ({"max_tokens": 5000}, {"tools": [{}]}, {"temperature": 2}, {"sampler": "head"}):
         for path in BODIES:
             assert post(server, path, **changes).status_code == 400

@@ -1,4 +1,4 @@
-"""By which names a server may be called: a page that has its own name lead here gets nothing."""
+"""Host names that a server answers to: other names, which DNS rebinding would use, get nothing."""
 
 import socket
 
@@ -16,7 +16,7 @@ SAFE = [
     " localhost ",
     socket.gethostname(), f"{socket.gethostname().upper()}:8000",
 ]  # fmt: skip
-NOT_SAFE = [
+UNSAFE = [
     "evil.example", "evil.example:8000", "localhost.evil.example", "evil.localhost", "127.0.0.1.evil.example",
     "127.0.0.1.nip.io:8000", "localhost@evil.example", "evil.example#localhost", "localhost/evil",
     "", ":8000",
@@ -29,19 +29,19 @@ NOT_SAFE = [
 
 
 @pytest.mark.parametrize("host", SAFE, ids=repr)
-def test_own_names_and_addresses(host):
+def test_local_names_and_ip_addresses_are_accepted(host):
     Hosts().check(host)
 
 
-@pytest.mark.parametrize("host", NOT_SAFE, ids=lambda host: repr(host)[:30])
-def test_other_names(host):
+@pytest.mark.parametrize("host", UNSAFE, ids=lambda host: repr(host)[:30])
+def test_other_names_are_refused(host):
     with pytest.raises(ApiError, match="does not accept the host name") as raised:
         Hosts().check(host)
     assert raised.value.status == 403 and len(str(raised.value)) < 500
     Hosts(["*"]).check(host)
 
 
-def test_names_that_are_given():
+def test_allowed_hosts_match_exactly_or_by_wildcard():
     hosts = Hosts(["Example.org", "*.lan", "caf\u00e9.example".encode("idna").decode(), "api.example.org."])
     for name in ("example.org", "EXAMPLE.ORG:443", "example.org.", "a.lan", "b.a.lan:1", "api.example.org"):
         hosts.check(name)
@@ -53,7 +53,7 @@ def test_names_that_are_given():
 @pytest.mark.parametrize(
     "name", ["http://a.org", "a.org:80", "a.org/x", "", "a b", "*.*", "**", "a*", "caf\u00e9"]
 )
-def test_what_is_no_name(name, capsys):
+def test_invalid_allowed_hosts_are_refused(name, capsys):
     with pytest.raises(ValueError, match="is not a host name"):
         Hosts([name])
     assert "is not a host name" in failure(capsys, "serve", "stories", f"--allowed_hosts={[name]}")
@@ -74,18 +74,19 @@ PATHS = (
 
 
 @pytest.mark.parametrize("settings", [{}, {"api_key": "any"}], ids=["open", "with a key"])
-def test_no_path_answers_by_another_name(settings, model, tokenizer):
+def test_every_path_refuses_other_host_names(settings, model, tokenizer):
     with serving(model, tokenizer, **settings) as (engine, _, url):
-        other = {"host": "evil.example", "authorization": "Bearer any"}
+        headers = {"host": "evil.example", "authorization": "Bearer any"}
         body = {"model": "tiny", "prompt": PROMPT, "messages": []}
-        answers = [httpx.get(url + path, headers=other) for path in (*PATHS, "/v1/completions")]
-        answers += [httpx.head(f"{url}/metrics", headers=other), httpx.options(url, headers=other)]
+        responses = [httpx.get(url + path, headers=headers) for path in (*PATHS, "/v1/completions")]
+        responses += [httpx.head(f"{url}/metrics", headers=headers), httpx.options(url, headers=headers)]
         for path in ("/v1/completions", "/v1/chat/completions", "/v1/calm/pool"):
-            answers.append(httpx.post(url + path, json=body, headers=other))
-        assert {answer.status_code for answer in answers} == {403}
-        assert answers[0].json()["error"]["code"] == "host_not_allowed" and answers[0].headers["x-request-id"]
+            responses.append(httpx.post(url + path, json=body, headers=headers))
+        assert {response.status_code for response in responses} == {403}
+        assert responses[0].json()["error"]["code"] == "host_not_allowed"
+        assert responses[0].headers["x-request-id"]
         assert engine.statistics.steps == 0
         for path in PATHS[:-1]:
-            assert httpx.get(url + path, headers={**other, "host": "localhost:1"}).status_code == 200
+            assert httpx.get(url + path, headers={**headers, "host": "localhost:1"}).status_code == 200
     with serving(model, tokenizer, allowed_hosts=["evil.example"], **settings) as (_, _, url):
-        assert httpx.get(f"{url}/metrics", headers=other).status_code == 200
+        assert httpx.get(f"{url}/metrics", headers=headers).status_code == 200

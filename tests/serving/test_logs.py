@@ -1,11 +1,11 @@
-"""Lines that repeat are folded."""
+"""Repeated log lines are folded."""
 
 import logging
 
 from calm.serving.logs import FoldRepeats
 
 
-class Lines(logging.Handler):
+class ListHandler(logging.Handler):
     def __init__(self):
         super().__init__()
         self.lines = []
@@ -14,16 +14,16 @@ class Lines(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def logger_with(most, clock):
-    logger, lines = logging.Logger("of a test"), Lines()
-    logger.addFilter(FoldRepeats(most, 60, clock))
-    logger.addHandler(lines)
-    return logger, lines.lines
+def folding_logger(max_lines, clock):
+    logger, handler = logging.Logger("test"), ListHandler()
+    logger.addFilter(FoldRepeats(max_lines, 60, clock))
+    logger.addHandler(handler)
+    return logger, handler.lines
 
 
-def test_lines_of_a_kind_are_few_in_a_period():
+def test_repeated_lines_are_folded_within_a_period():
     now = [0.0]
-    logger, lines = logger_with(3, lambda: now[0])
+    logger, lines = folding_logger(3, lambda: now[0])
     for number in range(100):
         logger.warning("request %d failed", number)
     logger.error("something else")
@@ -34,15 +34,15 @@ def test_lines_of_a_kind_are_few_in_a_period():
     assert lines[4:] == ["request 100 failed (97 more like this were not shown)", "request 101 failed"]
 
 
-def test_other_errors_are_other_kinds():
-    logger, lines = logger_with(1, lambda: 0.0)
+def test_lines_are_folded_separately_for_each_type_of_error():
+    logger, lines = folding_logger(1, lambda: 0.0)
     for error in (ValueError("a"), ValueError("b"), KeyError("c")):
         logger.error("failed", exc_info=error)
     assert len(lines) == 2
 
 
-def test_lines_that_all_differ_are_folded_too():
-    logger, lines = logger_with(2, lambda: 0.0)
+def test_lines_that_all_differ_are_limited_too():
+    logger, lines = folding_logger(2, lambda: 0.0)
     for number in range(10_000):
         logger.warning(f"odd {number}")
     assert len(lines) <= 102

@@ -1,4 +1,4 @@
-"""Messages of a chat: what they may hold, and where a fault lies."""
+"""Messages of a chat: what they may contain, and where an error is reported."""
 
 import openai
 import pytest
@@ -13,7 +13,7 @@ def user(content):
 
 TEXT = {"type": "text", "text": "a"}
 BEFORE = [user("a"), {"role": "assistant", "content": "b"}]
-WRONG = {
+INVALID = {
     "no parts": (user([]), ".content", "must contain at least one"),
     "null": (user(None), ".content", "null only in assistant and function"),
     "missing": ({"role": "user"}, ".content", "it is missing"),
@@ -37,7 +37,7 @@ WRONG = {
     "a string as a part": (user([TEXT, "a"]), ".content[1]", "must be an object such as"),
     "null as a part": (user([None]), ".content[0]", "must be an object such as"),
     "no text": (user([{"type": "text"}]), ".content[0].text", "must be a string, got null"),
-    "another text": (user([TEXT, {"type": "text", "text": 3}]), ".content[1].text", "got a number"),
+    "a number as text": (user([TEXT, {"type": "text", "text": 3}]), ".content[1].text", "got a number"),
     "no type": (user([{"text": "a"}]), ".content[0]", "without a type"),
     "an image": (
         user([TEXT, {"type": "image_url", "image_url": {}}]),
@@ -55,25 +55,28 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("message", "place", "said"), WRONG.values(), ids=WRONG)
-def test_a_fault_names_its_place(message, place, said):
+@pytest.mark.parametrize(("message", "location", "reason"), INVALID.values(), ids=INVALID)
+def test_error_names_the_faulty_part(message, location, reason):
     with pytest.raises(ApiError) as raised:
         read_messages([*BEFORE, message])
     error = raised.value.body["error"]
-    assert error["param"] == f"messages[2]{place}"
-    assert error["message"].startswith(f"messages[2]{place}: ") and said in error["message"]
+    assert error["param"] == f"messages[2]{location}"
+    assert error["message"].startswith(f"messages[2]{location}: ") and reason in error["message"]
 
 
 @pytest.mark.parametrize("value", [[], {}, "a", 3])
-def test_there_must_be_messages(value):
+def test_messages_must_be_a_nonempty_array(value):
     with pytest.raises(ApiError, match="messages: must"):
         read_messages(value)
+
+
+def test_number_of_messages_is_limited():
     with pytest.raises(ApiError, match="at most 4096 messages"):
         read_messages([user("a")] * 4097)
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_every_role_of_the_api_is_known(role):
+def test_every_role_of_the_api_is_accepted(role):
     message = {"role": role, "name": "x", "tool_call_id": "1", "content": [TEXT, TEXT]}
     assert read_messages([message]) == [{"role": role, "content": "aa"}]
 
@@ -89,21 +92,21 @@ def test_every_role_of_the_api_is_known(role):
         ({"content": ""}, ""),
     ],
 )
-def test_an_assistant_may_have_said_nothing_or_refused(message, text):
+def test_assistant_messages_may_be_empty_or_refusals(message, text):
     assert read_messages([{"role": "assistant", **message}]) == [{"role": "assistant", "content": text}]
 
 
-def test_a_function_may_have_said_nothing():
+def test_function_messages_may_be_null():
     message = {"role": "function", "name": "f", "content": None}
     assert read_messages([message]) == [{"role": "function", "content": ""}]
 
 
-def test_an_answer_goes_back_as_it_came(server):
-    """Clients add the message of an answer to the next request, with all its fields."""
+def test_message_of_a_response_is_accepted_in_the_next_request(server):
+    """Clients append it with all its fields."""
     _, client, _ = server
     messages = [user("Hello")]
-    answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=4)
-    messages = [*messages, answer.choices[0].message.model_dump(), user("More")]
+    response = client.chat.completions.create(model="tiny", messages=messages, max_tokens=4)
+    messages = [*messages, response.choices[0].message.model_dump(), user("More")]
     assert client.chat.completions.create(model="tiny", messages=messages, max_tokens=4).choices
     with pytest.raises(openai.BadRequestError) as raised:
         client.chat.completions.create(model="tiny", messages=[*messages, user([])])

@@ -1,4 +1,4 @@
-"""The page at / over HTTP: what it is made of, and what it is told of the model."""
+"""The page at / over HTTP: its files, and what it is told about the model."""
 
 import re
 
@@ -11,43 +11,43 @@ from calm.serving.playground import PAGE_PATHS
 
 
 def parts_of(url):
-    """Text of the page and of all that it loads, by path."""
+    """Text of the page and of everything that it loads, by path."""
     texts, open_paths = {}, ["/"]
     while open_paths:
         if (path := open_paths.pop()) in texts:
             continue
-        answer = httpx.get(url + path)
-        assert answer.status_code == 200, path
-        assert "default-src 'self'" in answer.headers["content-security-policy"]
-        texts[path] = answer.text
-        open_paths += re.findall(r'(?:src=|href=|from )"(/[^"]*)"', answer.text)
+        response = httpx.get(url + path)
+        assert response.status_code == 200, path
+        assert "default-src 'self'" in response.headers["content-security-policy"]
+        texts[path] = response.text
+        open_paths += re.findall(r'(?:src=|href=|from )"(/[^"]*)"', response.text)
     return texts
 
 
-def test_the_page_takes_nothing_from_elsewhere(server):
+def test_page_loads_nothing_from_other_servers(server):
     _, _, url = server
     texts = parts_of(url)
-    assert set(texts) == set(PAGE_PATHS) - {"/page"}, "every part is loaded, and is answered without a key"
+    assert set(texts) == set(PAGE_PATHS) - {"/page"}, "every file is loaded, and served without a key"
     for path, text in texts.items():
         assert not re.search(r"https?://|innerHTML|outerHTML|insertAdjacentHTML|document\.write", text), path
-        assert path != "/" or not re.search(r"<style|style=|<script>|\son\w+=", text), "none is inline"
+        assert path != "/" or not re.search(r"<style|style=|<script>|\son\w+=", text), "nothing is inline"
     assert httpx.get(f"{url}/page/app.py").status_code == 404
 
 
-def test_without_a_key_the_page_comes_and_nothing_else(model, tokenizer):
+def test_page_needs_no_key_but_the_api_does(model, tokenizer):
     with serving(model, tokenizer, api_key="k") as (_, _, url):
         assert parts_of(url) and httpx.get(f"{url}/page").json()["needs_key"] is True
         assert httpx.get(f"{url}/v1/models").status_code == 401
 
 
 @pytest.mark.parametrize("head_type", HEADS)
-def test_what_the_page_is_told(head_type, tokenizer):
+def test_page_is_told_about_the_model_and_settings(head_type, tokenizer):
     model = tiny_model(4, vocab_size=320, head_config={"head_type": head_type})
     with serving(model, tokenizer, temperature=0.5, max_tokens=99, draws=50) as (_, _, url):
-        about = httpx.get(f"{url}/page").json()
+        facts = httpx.get(f"{url}/page").json()
     name = HEADS[head_type]["head_type"]
     lowest = {"sequential": 0.0, "decoder": 0.0, "parallel": 0.0, "categorical_flow": 0.01}.get(name, 1.0)
-    assert about == {
+    assert facts == {
         "model": "tiny",
         "needs_key": False,
         "temperature": 0.5,

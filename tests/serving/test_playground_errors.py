@@ -1,14 +1,14 @@
-"""What goes wrong on the page is said where it belongs."""
+"""Errors on the page are shown where they belong."""
 
 import pytest
 from playground_page import set_fields, write
 from playwright.sync_api import expect
-from serving_client import serving, slowed, wait_until
+from serving_client import serving, slow_down_steps, wait_until
 
 from calm.models.calm import CalmForCausalLM
 from calm.models.generation.batching import ChunkBatch
 
-WRONG = {
+INVALID = {
     "no tokens": ("tokens", 0, "A whole number from 1 to 4,096."),
     "many tokens": ("tokens", 5000, "A whole number from 1 to 4,096."),
     "half a token": ("tokens", 1.5, "A whole number from 1 to 4,096."),
@@ -19,9 +19,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("field", "value", "sentence"), WRONG.values(), ids=WRONG)
-def test_what_is_wrong_is_said_at_its_field(field, value, sentence, server, visit):
-    """By the browser or the server; the settings unfold for it."""
+@pytest.mark.parametrize(("field", "value", "sentence"), INVALID.values(), ids=INVALID)
+def test_error_is_shown_at_its_field(field, value, sentence, server, visit):
+    """Whether the page or the server finds it; collapsed settings open."""
     _, _, url = server
     page = visit(url)
     set_fields(page, temperature=0.3, **{field: value})
@@ -37,7 +37,7 @@ def test_what_is_wrong_is_said_at_its_field(field, value, sentence, server, visi
     page.locator("#continue .foot").wait_for()
 
 
-def test_a_prompt_that_is_too_long(server, visit):
+def test_overlong_prompt_is_refused_at_its_field(server, visit):
     _, _, url = server
     page = visit(url)
     page.get_by_label("Prompt", exact=True).fill("a" * 10_000)
@@ -46,8 +46,8 @@ def test_a_prompt_that_is_too_long(server, visit):
     expect(page.get_by_text("Nothing written yet")).to_be_visible()
 
 
-def test_a_person_is_asked_for_the_key_and_may_stop(model, tokenizer, visit, monkeypatch):
-    slowed(monkeypatch, 0.1)
+def test_key_is_asked_for_and_generation_can_be_stopped(model, tokenizer, visit, monkeypatch):
+    slow_down_steps(monkeypatch, 0.1)
     with serving(model, tokenizer, api_key="k", temperature=1.0) as (engine, _, url):
         page = visit(url)
         page.get_by_role("button", name="Write").click()
@@ -62,7 +62,7 @@ def test_a_person_is_asked_for_the_key_and_may_stop(model, tokenizer, visit, mon
         wait_until(lambda: engine.num_rows == 0)
 
 
-def test_a_server_that_went_away(model, tokenizer, visit):
+def test_lost_server_is_reported(model, tokenizer, visit):
     """Before a pool, before a text, and in the middle of a text."""
     gone = "The server does not answer. Is calm serve still running?"
     with serving(model, tokenizer, temperature=1.0) as (_, _, url):
@@ -83,11 +83,11 @@ def test_a_server_that_went_away(model, tokenizer, visit):
     expect(page.locator("#text")).to_contain_text("Half")
 
 
-def test_what_fails_in_the_middle_is_said_below_the_text(model, tokenizer, visit, monkeypatch):
+def test_failure_within_a_text_is_reported_below_it(model, tokenizer, visit, monkeypatch):
     step, steps = ChunkBatch.step, iter(range(3))
 
     def three_steps(self):
-        next(steps)
+        next(steps)  # The fourth raises StopIteration.
         return step(self)
 
     monkeypatch.setattr(ChunkBatch, "step", three_steps)

@@ -1,4 +1,4 @@
-"""A person writes on the page, and looks into chunks, by mouse and by keys."""
+"""Generating text on the page and opening its chunks, by mouse and by keyboard."""
 
 import re
 
@@ -9,7 +9,7 @@ from serving_client import serving
 from tiny import EOS, tiny_model
 
 
-def test_a_person_writes_and_looks_into_a_chunk(server, visit):
+def test_text_and_the_pool_of_one_of_its_chunks(server, visit):
     _, client, url = server
     page = visit(url)
     expect(page.get_by_label("Key")).to_be_hidden()
@@ -34,7 +34,7 @@ def test_a_person_writes_and_looks_into_a_chunk(server, visit):
     assert page.evaluate("navigator.clipboard.readText()") == "Once <b>upon</b>" + text
 
 
-def test_the_text_is_one_stop_of_the_tab_key(server, visit):
+def test_text_is_a_single_tab_stop(server, visit):
     _, _, url = server
     page = visit(url)
     write(page)
@@ -54,7 +54,7 @@ def test_the_text_is_one_stop_of_the_tab_key(server, visit):
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Copy"
     page.keyboard.press("Shift+Tab")
-    assert page.evaluate(focused) == "chunk 1", "where it was left"
+    assert page.evaluate(focused) == "chunk 1", "the focus returns to where it was"
     page.get_by_role("button", name="Chunk after").click()
     assert page.locator("#chunk-title").text_content() == "Chunk 3 of 3"
     page.keyboard.press("Escape")
@@ -63,7 +63,7 @@ def test_the_text_is_one_stop_of_the_tab_key(server, visit):
 
 
 @pytest.mark.parametrize("keys", ["Control+Enter", "Meta+Enter"])
-def test_keys_write(keys, server, visit):
+def test_keyboard_shortcut_generates(keys, server, visit):
     _, _, url = server
     page = visit(url)
     set_fields(page, tokens=4)
@@ -73,40 +73,40 @@ def test_keys_write(keys, server, visit):
     assert page.evaluate("document.activeElement.id") == "prompt"
 
 
-def test_what_is_announced(server, visit):
-    """That it writes and that it has written, however many chunks there are."""
+def test_screen_readers_hear_only_start_and_end(server, visit):
+    """However many chunks there are."""
     _, _, url = server
     page = visit(url)
     page.evaluate("""() => {
-      window.said = [];
+      window.announcements = [];
       const watch = { childList: true, characterData: true, subtree: true };
-      for (const place of document.querySelectorAll("[role=status], [role=alert], [aria-live]")) {
-        new MutationObserver(() => window.said.push(place.textContent)).observe(place, watch);
+      for (const region of document.querySelectorAll("[role=status], [role=alert], [aria-live]")) {
+        new MutationObserver(() => window.announcements.push(region.textContent)).observe(region, watch);
       }
     }""")
     write(page, tokens=40)
-    said = [one for one in page.evaluate("window.said") if one]
-    assert len(said) == 2 and said[0] == "Writing." and said[1].startswith("10 chunks")
+    start, end = (text for text in page.evaluate("window.announcements") if text)
+    assert start == "Writing." and end.startswith("10 chunks")
     assert page.locator("#text").locator("xpath=ancestor-or-self::*[@aria-live or @role='log']").count() == 0
 
 
-OF_DRAWS, EXACT = "are estimated from how often each was drawn", "are exact: the head computes them"
-WORDS = {
-    "energy": ("energy", 4, 1, {}, r"A single draw of the head, at T = 1\.", OF_DRAWS),
+ESTIMATED, EXACT = "are estimated from how often each was drawn", "are exact: the head computes them"
+EXPLANATIONS = {
+    "energy": ("energy", 4, 1, {}, r"A single draw of the head, at T = 1\.", ESTIMATED),
     "energy at low temperature": (
         "energy", 4, 0.95, {"draws": 1000},
-        r"Decided at T = 0\.95 after \d+ draws?; \d+ of them (was|were) this chunk\.", OF_DRAWS),
+        r"Decided at T = 0\.95 after \d+ draws?; \d+ of them (was|were) this chunk\.", ESTIMATED),
     "energy, draws spent": (
         "energy", 4, 0.5, {"draws": 3},
         r"3 draws gave no decision at T = 0\.5, so the most frequent ones decided; "
         r"1 of them was this chunk\.",
-        OF_DRAWS),
+        ESTIMATED),
     "energy at zero": (
         "energy", 4, 0, {"draws": 2},
         r"The most frequent chunk of 2 draws: \d of them (was|were) this chunk\.",
-        OF_DRAWS),
+        ESTIMATED),
     "energy, one draw": (
-        "energy", 4, 0, {"draws": 1}, r"The only draw: with just one, .*", OF_DRAWS),
+        "energy", 4, 0, {"draws": 1}, r"The only draw: with just one, .*", ESTIMATED),
     "sequential": ("sequential", 4, 1, {}, r"Drawn token by token at T = 1\.", EXACT),
     "sequential at low temperature": (
         "sequential", 4, 0.5, {},
@@ -122,19 +122,21 @@ WORDS = {
 
 
 @pytest.mark.parametrize(
-    ("head", "size", "temperature", "fields", "chunk", "pool"), WORDS.values(), ids=WORDS
+    ("head", "size", "temperature", "fields", "chunk", "pool"), EXPLANATIONS.values(), ids=EXPLANATIONS
 )
-def test_words_fit_the_head_and_the_number(head, size, temperature, fields, chunk, pool, tokenizer, visit):
+def test_explanations_fit_the_head_and_the_number_of_draws(
+    head, size, temperature, fields, chunk, pool, tokenizer, visit
+):
     with served(tokenizer, head, size) as (_, _, url):
         page = visit(url)
-        amount = f"{size} token{'' if size == 1 else 's'} per chunk"
-        assert page.locator("#facts").text_content() == f"{head.replace('_', ' ')} head, {amount}"
+        chunk_size = f"{size} token{'' if size == 1 else 's'} per chunk"
+        assert page.locator("#facts").text_content() == f"{head.replace('_', ' ')} head, {chunk_size}"
         write(page, temperature=temperature, tokens=4 * size, **fields)
         open_chunk(page)
         assert re.fullmatch(chunk, page.locator("#chunk-facts").text_content())
         assert pool in page.locator("#pool-facts").text_content()
-        words = page.locator("body").inner_text()
-        assert not re.search(r"\b1 (draws|tokens|chunks|different chunks)\b|NaN|undefined|null", words)
+        page_text = page.locator("body").inner_text()
+        assert not re.search(r"\b1 (draws|tokens|chunks|different chunks)\b|NaN|undefined|null", page_text)
         is_single = head != "energy" or temperature == 1
         assert ("draws ·" in page.locator("#continue .done").text_content()) == (
             not is_single and fields.get("draws") != 1
@@ -143,8 +145,8 @@ def test_words_fit_the_head_and_the_number(head, size, temperature, fields, chun
 
 
 @pytest.mark.parametrize("temperature", [1, 0.7, 0.5, 0.3, 0, 0.85])
-def test_the_chosen_temperature_is_marked(temperature, tokenizer, visit):
-    """That of the text, whatever is set afterwards."""
+def test_temperature_of_the_text_is_marked(temperature, tokenizer, visit):
+    """Whatever is set afterwards."""
     with served(tokenizer, "sequential") as (_, _, url):
         page = visit(url)
         write(page, temperature=temperature)
@@ -153,19 +155,19 @@ def test_the_chosen_temperature_is_marked(temperature, tokenizer, visit):
         heads = page.locator("#pool thead tr:last-child th")
         columns = [text.removesuffix("chosen") for text in heads.all_text_contents()]
         expected = sorted({1, 0.7, 0.5, 0.3, 0, temperature}, reverse=True)
-        assert columns == [f"{one:g}" for one in expected]
+        assert columns == [f"{value:g}" for value in expected]
         marked = page.locator("#pool th[aria-current=true]")
         assert marked.all_text_contents() == [f"{temperature:g}chosen"]
-        place = expected.index(temperature)
+        index = expected.index(temperature)
         for row in page.locator("#pool tbody tr").all():
             classes = [cell.get_attribute("class") for cell in row.locator("td.share").all()]
-            assert [("chosen" in one) for one in classes] == [
-                number == place for number in range(len(expected))
+            assert [("chosen" in names) for names in classes] == [
+                number == index for number in range(len(expected))
             ]
 
 
-def test_the_end_of_a_text_is_a_chunk_that_opens(tokenizer, visit):
-    """Also where it brings no words."""
+def test_end_of_text_is_a_chunk_that_opens(tokenizer, visit):
+    """Even if it contains no words."""
     model = tiny_model(4, vocab_size=320, head_config={"head_type": "sequential"})
     model.head.scores.bias.data[EOS] = 40.0
     with serving(model, tokenizer, temperature=1.0) as (_, _, url):

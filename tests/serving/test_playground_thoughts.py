@@ -1,11 +1,11 @@
-"""A person lets a model think on the page, if it was trained to."""
+"""Continuous thoughts on the page, for a model that was trained to think."""
 
 import json
 
 import pytest
 from playground_page import open_chunk, say, set_fields, write
 from playwright.sync_api import expect
-from serving_client import PROMPT, alone, serving
+from serving_client import PROMPT, generate_text, serving
 from tiny import thinking_model
 
 
@@ -15,13 +15,13 @@ def thinker():
 
 
 @pytest.fixture(scope="module")
-def running(thinker, tokenizer):
+def thinking_server(thinker, tokenizer):
     with serving(thinker, tokenizer, max_thoughts=20, temperature=1.0) as server:
         yield server
 
 
-def bodies_of(page):
-    """Bodies of all requests from now on, by path."""
+def record_requests(page):
+    """Paths and bodies of all POST requests from now on."""
     sent = []
     page.on(
         "request",
@@ -35,20 +35,20 @@ def bodies_of(page):
 
 
 @pytest.mark.parametrize(("chosen", "number"), [(None, 3), (0, 0), (12, 12)])
-def test_a_person_chooses_how_many(chosen, number, running, thinker, tokenizer, visit):
-    """As many as the model was trained with if nothing is said; they go with the text and with its pools."""
-    _, _, url = running
+def test_number_of_thoughts_can_be_chosen(chosen, number, thinking_server, thinker, tokenizer, visit):
+    """The default is the number that the model was trained with. Pools of a text use its number."""
+    _, _, url = thinking_server
     page = visit(url)
-    sent = bodies_of(page)
+    sent = record_requests(page)
     write(page, PROMPT, tokens=8, seed=5, **({} if chosen is None else {"thoughts": chosen}))
     assert page.get_by_label("Thoughts").input_value() == str(number)
-    expected = alone(
+    expected = generate_text(
         thinker, tokenizer, PROMPT, max_new_tokens=8, seed=5, temperature=1.0, num_thoughts=number
     )
     assert page.locator("#text").text_content() == PROMPT + expected
-    told = page.locator("#continue .done").text_content()
-    assert told.startswith(f"{number} thoughts · " if number else "2 chunks · ")
-    set_fields(page, thoughts=7)  # Of the next text, not of this one.
+    status = page.locator("#continue .done").text_content()
+    assert status.startswith(f"{number} thoughts · " if number else "2 chunks · ")
+    set_fields(page, thoughts=7)  # For the next text, not for this one.
     open_chunk(page, 1)
     assert [(path, body["num_thoughts"]) for path, body in sent] == [
         ("completions", number),
@@ -56,14 +56,14 @@ def test_a_person_chooses_how_many(chosen, number, running, thinker, tokenizer, 
     ]
 
 
-def test_a_chat_thinks_before_each_answer(running, visit):
-    _, _, url = running
+def test_a_chat_thinks_before_each_answer(thinking_server, visit):
+    _, _, url = thinking_server
     page = visit(url)
     page.get_by_text("Chat", exact=True).click()
-    sent = bodies_of(page)
-    for place, number in enumerate((3, 1)):
+    sent = record_requests(page)
+    for turn, number in enumerate((3, 1)):
         set_fields(page, thoughts=number, tokens=8)
-        say(page, "Hello", place + 1)
+        say(page, "Hello", turn + 1)
     page.locator("#turns [role=button]").first.click()
     page.locator("#pool").wait_for()
     assert [body["num_thoughts"] for _, body in sent] == [3, 1, 3]
@@ -71,8 +71,8 @@ def test_a_chat_thinks_before_each_answer(running, visit):
 
 
 @pytest.mark.parametrize("value", [-1, 21, 1.5, ""])
-def test_numbers_out_of_range_are_told_at_the_field(value, running, visit):
-    _, _, url = running
+def test_number_out_of_range_is_reported_at_its_field(value, thinking_server, visit):
+    _, _, url = thinking_server
     page = visit(url)
     set_fields(page, thoughts=value)
     page.get_by_role("button", name="Settings").click()
@@ -83,8 +83,8 @@ def test_numbers_out_of_range_are_told_at_the_field(value, running, visit):
     expect(page.locator("#thoughts-wrong")).to_be_hidden()
 
 
-def test_what_the_server_refuses_is_told_at_the_field(running, visit):
-    _, _, url = running
+def test_refusal_of_the_server_is_shown_at_the_field(thinking_server, visit):
+    _, _, url = thinking_server
     page = visit(url)
     page.evaluate("document.getElementById('thoughts').max = 1000")
     set_fields(page, thoughts=30)
@@ -93,10 +93,10 @@ def test_what_the_server_refuses_is_told_at_the_field(running, visit):
     assert page.locator("#thoughts").get_attribute("aria-invalid") == "true"
 
 
-def test_other_models_have_no_such_field(server, visit):
+def test_field_is_hidden_for_other_models(server, visit):
     _, _, url = server
     page = visit(url)
-    sent = bodies_of(page)
+    sent = record_requests(page)
     write(page, tokens=4)
     open_chunk(page)
     assert page.locator("#thoughts").is_hidden()

@@ -1,4 +1,4 @@
-"""What becomes of chunks that arrive faster than they are taken: nothing depends on how many come at once."""
+"""Texts of a request do not depend on how many chunks arrive before they are consumed."""
 
 import asyncio
 
@@ -16,12 +16,12 @@ TOKENIZER = KINDS["byte-level"]()
 WORDS = TOKENIZER("Once upon a time there was a fox. It had no name, and it was not sad.")["input_ids"]
 
 
-class Scripted:
+class ScriptedEngine:
     """An engine that hands chunks of 4 tokens to each text in turn, some steps at a time.
 
     Args:
-        at_once: Steps before it rests; None for all.
-        fault: What to tell text 1 of in the end, even if it was given up.
+        at_once: Steps before it yields to the consumer; None for all.
+        fault: Error that text 1 gets shortly before its end, even if it was cancelled.
     """
 
     def __init__(self, at_once, fault=None):
@@ -46,11 +46,11 @@ class Scripted:
                 await asyncio.sleep(0.01)
 
 
-def texts_of(engine, **settings):
-    """Parts of two texts, and the usage, after all has been taken."""
+def collect_parts(engine, **settings):
+    """The parts of two texts, and their usage."""
 
-    async def take():
-        settings_of_all = {
+    async def collect():
+        defaults = {
             "engine": engine,
             "tokenizer": TOKENIZER,
             "prompts": [[5], [6]],
@@ -63,49 +63,49 @@ def texts_of(engine, **settings):
             "readers": Readers(TOKENIZER, 4, 20),
         }
         incremental = settings.pop("incremental", True)
-        texts = RequestTexts(**settings_of_all | settings)
+        texts = RequestTexts(**defaults | settings)
         texts.submit()
         return [part async for part in texts.parts(incremental=incremental)], texts.usage
 
-    return asyncio.run(take())
+    return asyncio.run(collect())
 
 
-def said(parts, index):
+def text_of(parts, index):
     return "".join(part.text for part in parts if part.index == index)
 
 
 @pytest.mark.parametrize("incremental", [True, False])
 @pytest.mark.parametrize("at_once", [1, 3, None])
 @pytest.mark.parametrize("stops", [(), (" fox",), ("name, and",)])
-def test_the_same_however_it_comes(stops, at_once, incremental):
-    parts, usage = texts_of(Scripted(at_once), stops=stops, incremental=incremental)
-    whole = decode_after(TOKENIZER, [5], WORDS)
-    expected = whole.split(stops[0])[0] if stops else whole
-    assert [said(parts, index) for index in (0, 1)] == [expected] * 2
+def test_texts_do_not_depend_on_when_chunks_arrive(stops, at_once, incremental):
+    parts, usage = collect_parts(ScriptedEngine(at_once), stops=stops, incremental=incremental)
+    full_text = decode_after(TOKENIZER, [5], WORDS)
+    expected = full_text.split(stops[0])[0] if stops else full_text
+    assert [text_of(parts, index) for index in (0, 1)] == [expected] * 2
     assert [part.finish_reason for part in parts if part.finish_reason] == ["stop", "stop"]
-    # The chunk in which the text stops counts, and none behind it.
-    until = next(
+    # The chunk in which the text stops is counted, and none after it.
+    num_counted = next(
         end
         for end in (*range(4, len(WORDS), 4), len(WORDS))
         if not stops or stops[0] in decode_after(TOKENIZER, [5], WORDS[:end])
         if stops or end == len(WORDS)
     )
-    assert usage["completion_tokens"] == 2 * until
+    assert usage["completion_tokens"] == 2 * num_counted
 
 
-def test_chunks_that_are_shown_come_one_by_one():
-    parts, _ = texts_of(Scripted(None), with_chunks=True)
+def test_requested_chunks_come_one_per_part():
+    parts, _ = collect_parts(ScriptedEngine(None), with_chunks=True)
     assert all(len(part.chunks) == 1 for part in parts) and len(parts) == 2 * -(-len(WORDS) // 4)
 
 
-def test_those_that_are_not_come_together():
-    parts, _ = texts_of(Scripted(None))
+def test_other_chunks_are_merged_into_one_part():
+    parts, _ = collect_parts(ScriptedEngine(None))
     assert len(parts) == 2
 
 
-def test_an_error_of_a_text_that_has_stopped_is_no_matter():
+def test_error_of_a_stopped_text_is_ignored():
     fault = ValueError("not finite")
-    parts, _ = texts_of(Scripted(None, fault), stops=(" a time",))
+    parts, _ = collect_parts(ScriptedEngine(None, fault), stops=(" a time",))
     assert [part.finish_reason for part in parts if part.finish_reason] == ["stop", "stop"]
     with pytest.raises(ApiError, match="the generation of the text failed"):
-        texts_of(Scripted(None, fault))
+        collect_parts(ScriptedEngine(None, fault))

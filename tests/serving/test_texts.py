@@ -1,9 +1,9 @@
-"""Prompts become the ids that training reads, and new tokens the text that stands after the prompt."""
+"""Prompts are encoded as in training, and new tokens decoded as they continue the prompt."""
 
 import pytest
 import torch
 from other_tokenizers import KINDS
-from serving_client import alone, serving
+from serving_client import generate_text, serving
 from tiny import tiny_model
 
 from calm.models.loading import add_eos_ids
@@ -32,29 +32,29 @@ SETTINGS = {"max_tokens": 12, "seed": 3, "temperature": 1.0}
 
 
 @pytest.mark.parametrize("prompt", ["Once upon a", "The tag </s> ends it, <|eos|> too.", " a\n", "Zoë: <s>"])
-def test_texts_are_those_of_the_command_line_and_an_echo_is_whole(prompt, served):
+def test_texts_match_generate_and_echoes_match_the_prompt(prompt, served):
     model, tokenizer, _, client = served
-    text = alone(model, tokenizer, prompt, max_new_tokens=12, seed=3, temperature=1.0)
-    answer = client.completions.create(model="tiny", prompt=prompt, echo=True, **SETTINGS)
-    assert answer.choices[0].text == prompt + text
-    assert answer.usage.prompt_tokens == len(encode_documents(tokenizer, [prompt])[0])
+    text = generate_text(model, tokenizer, prompt, max_new_tokens=12, seed=3, temperature=1.0)
+    response = client.completions.create(model="tiny", prompt=prompt, echo=True, **SETTINGS)
+    assert response.choices[0].text == prompt + text
+    assert response.usage.prompt_tokens == len(encode_documents(tokenizer, [prompt])[0])
     parts = client.completions.create(model="tiny", prompt=prompt, stream=True, **SETTINGS)
     assert "".join(part.choices[0].text for part in parts) == text
 
 
-def test_ids_as_a_prompt_are_taken_as_they_are(served):
+def test_token_ids_as_a_prompt_are_used_unchanged(served):
     _, tokenizer, _, client = served
     ids = [*encode_documents(tokenizer, ["Tom: "])[0], tokenizer.eos_token_id, 40, 41]
-    answer = client.completions.create(model="tiny", prompt=ids, echo=True, **SETTINGS)
-    assert answer.usage.prompt_tokens == len(ids)
-    assert answer.choices[0].text.startswith(decode_after(tokenizer, [], ids))
+    response = client.completions.create(model="tiny", prompt=ids, echo=True, **SETTINGS)
+    assert response.usage.prompt_tokens == len(ids)
+    assert response.choices[0].text.startswith(decode_after(tokenizer, [], ids))
 
 
-def test_what_is_said_in_a_chat_is_words(served):
-    """Asked by what the engine gets to read."""
+def test_control_tokens_in_messages_are_read_as_plain_text(served):
+    """Checked on the token ids that reach the engine."""
     _, tokenizer, engine, client = served
-    said = f"Mark {tokenizer.eos_token}{tokenizer.bos_token} 1"
-    messages = [{"role": "user", "content": said}]
+    content = f"Mark {tokenizer.eos_token}{tokenizer.bos_token} 1"
+    messages = [{"role": "user", "content": content}]
     prompts, submit = [], engine.submit
     engine.submit = lambda jobs: (prompts.extend(job.prompt for job in jobs), submit(jobs))[1]
     try:
@@ -66,8 +66,8 @@ def test_what_is_said_in_a_chat_is_words(served):
 
 
 @pytest.mark.parametrize("is_control", [True, False])
-def test_nobody_is_shown_the_sign_that_ends_a_turn(is_control):
-    """Neither where it is a control token, nor where a model has learned to write it as words."""
+def test_end_of_turn_marker_is_not_shown(is_control):
+    """Whether it is a control token or a model has learned to write it as plain text."""
     tokenizer = KINDS["byte-level"]()
     tokenizer.chat_template = CHATML
     if is_control:
@@ -78,14 +78,14 @@ def test_nobody_is_shown_the_sign_that_ends_a_turn(is_control):
     chunks = iter(torch.tensor(written[: len(written) // 4 * 4]).split(4))
     sample = model.sample_chunks
 
-    def scripted(hidden_PD, settings, *more):
-        drawn = sample(hidden_PD, settings, *more)
+    def scripted(hidden_PD, settings, *others):
+        drawn = sample(hidden_PD, settings, *others)
         return drawn._replace(chunks_RK=next(chunks)[None])
 
     model.sample_chunks = scripted
     with serving(model, tokenizer) as (_, client, _):
-        answer = client.chat.completions.create(
+        response = client.chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": "Well?"}], max_tokens=20
         )
-    assert answer.choices[0].message.content == "Yes."
-    assert answer.choices[0].finish_reason == "stop"
+    assert response.choices[0].message.content == "Yes."
+    assert response.choices[0].finish_reason == "stop"
