@@ -35,7 +35,7 @@ def demo(
     run_demo(Path(output), recipe_name=recipe, num_stories=stories, overwrite=overwrite)
 
 
-def prepare(
+def prepare_text(
     sources: list[str],
     output: str,
     tokenizer: str | None = None,
@@ -132,7 +132,7 @@ def tasks(
     print(f"{number:,} items: {path}")
 
 
-def train(recipe: Recipe, output: str, resume: bool = False, overwrite: bool = False) -> None:
+def train_model(recipe: Recipe, output: str, resume: bool = False, overwrite: bool = False) -> None:
     """Train a recipe: prepare the text, train the autoencoder, then the language model.
 
     Args:
@@ -153,7 +153,9 @@ def train(recipe: Recipe, output: str, resume: bool = False, overwrite: bool = F
     _run_recipe(recipe, output, resume, overwrite, command="train", run=run, show=show_results_once)
 
 
-def finetune(recipe: FinetuningRecipe, output: str, resume: bool = False, overwrite: bool = False) -> None:
+def finetune_model(
+    recipe: FinetuningRecipe, output: str, resume: bool = False, overwrite: bool = False
+) -> None:
     """Fine-tune a model on prompts with completions, or on conversations, in full or with LoRA.
 
     Args:
