@@ -71,7 +71,7 @@ def test_a_score_must_not_replace_one_of_the_package(text, tmp_path):
         calm.train(toy_recipe(text), tmp_path / "run", scores=[lambda model, blocks: {"brier_lm": 1.0}])
 
 
-def test_finetuning_takes_them_too(plain, tmp_path):
+def test_fine_tuning_takes_scores_and_callbacks_as_well(plain, tmp_path):
     records = [{"prompt": f"{number} is", "completion": f" number {number}."} for number in range(20)]
     (tmp_path / "examples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     recipe = calm.with_settings(

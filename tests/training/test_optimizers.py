@@ -162,7 +162,7 @@ def test_optimizer_check_finds_rejected_settings_and_unknown_names():
         del optimizers._BUILDERS["refusing"]
 
 
-def test_an_optimizer_that_needs_parts_of_the_model_is_not_refused_before_there_is_one(monkeypatch):
+def test_check_accepts_an_optimizer_that_needs_parts_of_the_model(monkeypatch):
     def build(model, settings):
         return torch.optim.SGD([{"params": model.head.parameters()}], settings.learning_rate)
 
