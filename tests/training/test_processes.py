@@ -89,7 +89,7 @@ def test_slow_process_is_waited_for_with_a_given_autoencoder(one_process):
     given = with_settings(recipe, {"autoencoder.path": str(folder / "alone/autoencoder")})
     write_recipe(given, folder / "given.yaml")
     slow = "import os, time, calm.training.opening as s; load = s.load_prepared; "
-    slow += "s.load_prepared = lambda p: (time.sleep(4 * int(os.environ['RANK'])), load(p))[1]; "
+    slow += "s.load_prepared = lambda *a, **k: (time.sleep(4 * int(os.environ['RANK'])), load(*a, **k))[1]; "
     slow += "from calm.cli import main; main()"
     (folder / "slow.py").write_text(slow)
     result = launch(
