@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 from calm.ranges import Range
 
+CALM_TYPES = ("calm", "calm_autoencoder")
+"""Model types of this package's own architectures."""
+
 AutoencoderKind = Literal["mlp", "codes"]
 BackboneInput = Literal["tokens", "latents", "both"]
 
@@ -134,4 +137,4 @@ def chunk_size_of(config: Any) -> int:
 
     Other architectures may have a `chunk_size` of another meaning, as state space models do.
     """
-    return config.chunk_size if config.model_type in ("calm", "calm_autoencoder") else 1
+    return config.chunk_size if config.model_type in CALM_TYPES else 1

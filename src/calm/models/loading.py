@@ -30,6 +30,7 @@ from calm.models.fields import check_generation, check_switches
 from calm.models.foreign import check_transformer
 from calm.models.generation.ahead import find_steps, forget_steps
 from calm.models.gguf import check_gguf
+from calm.models.hyperparameters import CALM_TYPES
 from calm.models.missing import check_model_exists, no_model_in, not_loaded_from_hub, resolve_name
 from calm.models.registration import register
 from calm.models.shipped import folder_of
@@ -297,7 +298,7 @@ def load_config(path: Path) -> PreTrainedConfig:
 
 def _checked(config: PreTrainedConfig) -> PreTrainedConfig:
     """Check a configuration before anything is built from it; our own classes check themselves."""
-    if config.model_type not in ("calm", "calm_autoencoder"):
+    if config.model_type not in CALM_TYPES:
         check_transformer(config)
     return config
 
@@ -357,7 +358,7 @@ def _check_folder(model_class: Any, folder: Path) -> None:
             f"no model can be built from the configuration in '{folder}' ({cause_of(error)})."
         ) from error
     check_parameters(network, headers, str(folder))
-    if config.model_type in ("calm", "calm_autoencoder"):  # Others may pack weights in their own formats.
+    if config.model_type in CALM_TYPES:  # Others may pack weights in their own formats.
         check_headers(network, headers, str(folder))
 
 

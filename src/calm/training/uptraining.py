@@ -12,6 +12,7 @@ from calm.data.tokenizer import has_tokenizer, load_tokenizer
 from calm.errors import InputError
 from calm.models.configuration import CalmConfig
 from calm.models.context import check_context
+from calm.models.hyperparameters import CALM_TYPES
 from calm.models.loading import config_of, is_adapter, load_transformer
 from calm.models.missing import resolve_name
 from calm.models.uptraining import (
@@ -37,7 +38,7 @@ def is_uptraining(recipe: Recipe) -> bool:
 
 def is_token_level(config: PreTrainedConfig) -> bool:
     """Whether a configuration is that of a token-level model."""
-    return config.model_type not in ("calm", "calm_autoencoder")
+    return config.model_type not in CALM_TYPES
 
 
 def config_at(name: str) -> PreTrainedConfig:
