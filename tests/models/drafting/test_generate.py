@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from drafts import deciding_model, drafting_model, some_prompts
+from recorders import RecordingStreamer
 from tiny import thinking_model
 from transformers import (
     GPT2Config,
@@ -13,7 +14,6 @@ from transformers import (
     RobertaForCausalLM,
     StoppingCriteriaList,
 )
-from transformers.generation.streamers import BaseStreamer
 
 from calm.models.drafting.batching import DraftedBatch, TokenSampler
 from calm.models.drafting.generate import DraftedOutput, Drafting, generate_drafted
@@ -43,17 +43,6 @@ class StubTokenizer:
 
     def __len__(self):
         return 40
-
-
-class RecordingStreamer(BaseStreamer):
-    def __init__(self):
-        self.tokens, self.has_ended = [], False
-
-    def put(self, value):
-        self.tokens += value.flatten().tolist()
-
-    def end(self):
-        self.has_ended = True
 
 
 @pytest.mark.parametrize("arguments", GREEDY_ARGUMENTS, ids=str)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from recorders import RecordingStreamer
 from tiny import BOS, EOS, HEADS, PAD, tiny_model
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
@@ -338,19 +339,6 @@ def test_settings_missing_in_a_generation_config_are_the_models_own():
     assert int(written.num_draws.min()) > 1  # As at a temperature below 1.
     written = model.generate(prompt, generation_config=GenerationConfig(max_length=6), num_draws=8)
     assert written.sequences.shape == (1, 6)
-
-
-class RecordingStreamer:
-    """A streamer that records the tokens it receives."""
-
-    def __init__(self):
-        self.tokens, self.has_ended = [], False
-
-    def put(self, value):
-        self.tokens += value.flatten().tolist()
-
-    def end(self):
-        self.has_ended = True
 
 
 @pytest.mark.parametrize("budget", [5, 6, 7, 20])

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from recorders import BackboneCalls
 from tiny import tiny_model
 
 from calm.models.generation.batching import BatchLimits, ChunkBatch
@@ -20,17 +21,6 @@ def model():
     model = tiny_model(backbone_config={"max_position_embeddings": 512})
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     return model
-
-
-class BackboneCalls:
-    """Records the shape (rows, columns of chunks) of each call of the backbone."""
-
-    def __init__(self, model, monkeypatch):
-        self.shapes, real = [], model.backbone.forward
-        monkeypatch.setattr(model.backbone, "forward", lambda **args: self._record(args) or real(**args))
-
-    def _record(self, args):
-        self.shapes.append(tuple(args["inputs_embeds"].shape[:2]))
 
 
 def random_prompts(lengths, seed=0):

@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+from recorders import BackboneCalls
 from tiny import BOS, EOS, thinking_model, tiny_model
 
 from calm.core.random import generators_of_rows
@@ -75,28 +76,12 @@ def test_pauses_are_read_like_other_tokens():
     assert written == text
 
 
-class Passes:
-    """Records the shape (rows, columns of chunks) of each pass of the backbone."""
-
-    def __init__(self, model, monkeypatch):
-        self._shapes, real = [], model.backbone.forward
-        monkeypatch.setattr(model.backbone, "forward", lambda **args: self._record(args) or real(**args))
-
-    def _record(self, args):
-        self._shapes.append(tuple(args["inputs_embeds"].shape[:2]))
-
-    def take(self):
-        """The passes since the last call."""
-        shapes, self._shapes = self._shapes, []
-        return shapes
-
-
 @pytest.mark.parametrize("rows", [1, 4])
 def test_rows_being_written_wait_for_at_most_a_few_thoughts(rows, monkeypatch):
     """Eight thoughts of each prompt, read side by side; and the texts are those of the rows alone."""
     model = thinking_model(chunk_size=2)
     model.config.eos_token_id = model.generation_config.eos_token_id = None
-    batch, passes = ChunkBatch(model), Passes(model, monkeypatch)
+    batch, passes = ChunkBatch(model), BackboneCalls(model, monkeypatch)
     requests = {batch.join([5, 6, 7], SAMPLER, 40, 0): ([5, 6, 7], 0, 40, 0)}
     [writing] = requests
     texts = {writing: [token for written in batch.step() for token in written.tokens]}
@@ -122,7 +107,7 @@ def test_alternatives_are_drawn_a_few_thoughts_at_a_time(monkeypatch):
     model, ids, written = thinking_model(chunk_size=2), [5, 6, 7], [8, 9, 10, 11]
     thoughts = Thoughts(20, BOS, EOS, scale=1.0)
     settings = {"num_draws": 8, "temperatures": [1.0], "max_candidates": 8, "seed": 1}
-    passes, counts = Passes(model, monkeypatch), []
+    passes, counts = BackboneCalls(model, monkeypatch), []
     drawing = draw_alternatives(model, ids, thoughts=thoughts, written=written, **settings)
     with pytest.raises(StopIteration) as end:
         while True:
