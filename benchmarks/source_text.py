@@ -41,11 +41,14 @@ def main() -> None:
     parser.add_argument("--temperatures", type=float, nargs="*", default=[1.0, 0.5, 0.0])
     parser.add_argument("--documents", type=int, default=400, help="documents that passages come from")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--attention", help="implementation of transformers; on a CPU, eager can be faster")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.source)
-    model: Any = AutoModelForCausalLM.from_pretrained(arguments.source, dtype=arguments.dtype).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        arguments.source, dtype=arguments.dtype, attn_implementation=arguments.attention
+    ).eval()
     model.generation_config.eos_token_id = None  # All rows have the same length.
     documents = read_documents(arguments.prompts, ReadingOptions())
     texts = [text for text in islice(documents, arguments.documents) if text]

@@ -92,6 +92,9 @@ WAYS = {
     "uptrained_K2": Way("uptrained, K = 2 (1, 4)", uptraining_settings(2, 1, 4)),
     "uptrained_K4": Way("uptrained, K = 4 (4, 8)", uptraining_settings(4, 4, 8)),
     "uptrained_K4_short": Way("uptrained, K = 4 (1, 2)", uptraining_settings(4, 1, 2)),
+    "uptrained_K4_long": Way(
+        "uptrained, K = 4 (2, 4), eight times as long", uptraining_settings(4, 2, 4), share=8
+    ),
     "taught_K4": Way(
         "uptrained, K = 4 (4, 8), taught",
         uptraining_settings(4, 4, 8, **{"language_model.teacher.weight": 0.5}),
@@ -172,7 +175,8 @@ def recipe_of(way: str, source: Path, data: Path, budget: float, output: Path) -
         settings |= {"language_model.teacher.model": str(source)}
     recipe = with_settings(read_recipe(base), settings)
     steps = affordable_steps(recipe, load_prepared(data).vocab_size, share * budget)
-    training = {"steps": steps, "evaluate_every": max(1, steps // EVALUATIONS)}
+    evaluations = EVALUATIONS * max(1, round(share))
+    training = {"steps": steps, "evaluate_every": max(1, steps // evaluations)}
     return with_settings(
         recipe, {f"language_model.training.{name}": value for name, value in training.items()}
     )

@@ -5,10 +5,10 @@ from scipy import stats
 from tiny import tiny_llama, tiny_model
 
 
-def drafting_model(head_type="sequential", chunk_size=4, **changes):
+def drafting_model(head_type="sequential", chunk_size=4, head=None, **changes):
     """A random CALM in double precision, with the same weights each time."""
     torch.manual_seed(1)
-    return tiny_model(chunk_size, head_config={"head_type": head_type}, **changes).double()
+    return tiny_model(chunk_size, head_config={"head_type": head_type} | (head or {}), **changes).double()
 
 
 def deciding_model(vocab_size=40, **changes):

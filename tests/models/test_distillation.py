@@ -88,7 +88,7 @@ def expected_loss(model, teacher: Teacher, batch: dict) -> torch.Tensor:
     chunks = [batch[name].unflatten(-1, (-1, SIZE))[:, 1:][is_target] for name in ("input_ids", "labels")]
     teacher_logits = teacher_logits.unflatten(1, (-1, SIZE))[:, 1:][is_target]
     for index in range(SIZE):
-        log_p = model.head.token_distribution(states, chunks[0], index).double().log()
+        log_p = model.head.token_distribution(model.head.prepare(states), chunks[0], index).double().log()
         cross_entropy = F.nll_loss(log_p, chunks[0][:, index], reduction="none")
         log_q, log_p = (
             (logits / temperature).log_softmax(-1) for logits in (teacher_logits[:, index], log_p)

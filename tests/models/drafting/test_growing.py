@@ -81,7 +81,9 @@ def test_candidates_come_from_the_heads_distributions(head_type, temperature, nu
         state_1D = Prompt.of(model, [*TEXT_BEFORE, *drafted[:chunk_start]]).read(model)[:, -1]
         chunk_1K = torch.tensor([[*drafted[chunk_start:], *[0] * 4][:4]])
         index = len(drafted) - chunk_start
-        expected_V = model.head.token_distribution(state_1D, chunk_1K, index, temperature or 1.0)[0]
+        expected_V = model.head.token_distribution(
+            model.head.prepare(state_1D), chunk_1K, index, temperature or 1.0
+        )[0]
         if temperature == 0:
             assert tokens == expected_V.topk(len(tokens)).indices.tolist()
         else:

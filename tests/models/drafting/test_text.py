@@ -14,6 +14,7 @@ from calm.models.drafting import text as drafted_text
 from calm.models.drafting.draft import ChunkDrafter, Draft
 from calm.models.drafting.passes import TextPasses
 from calm.models.drafting.text import DraftedText
+from calm.models.heads import vocabulary
 
 pytestmark = pytest.mark.usefixtures("norms_in_double_precision")
 SAMPLES, VOCABULARY = 700, 5
@@ -81,10 +82,10 @@ def test_greedy_text_is_the_models_own_if_most_drafts_are_right(has_branches):
     assert text.ids_1T.shape[1] == 6 + counts.rounds + counts.accepted
 
 
-def p_value_of_samples(head_type, temperature, samples=SAMPLES, num_chunks=1):
+def p_value_of_samples(head_type, temperature, samples=SAMPLES, num_chunks=1, **settings):
     """P-value of texts of three tokens; the model has five tokens, the CALM that drafts one more."""
     model = deciding_model(VOCABULARY)
-    draft = drafting_model(head_type, 2, vocab_size=VOCABULARY + 1)
+    draft = drafting_model(head_type, 2, vocab_size=VOCABULARY + 1, **settings)
     generator, texts = torch.Generator().manual_seed(0), []
     warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)] if temperature != 1 else [])
     for _ in range(samples):
@@ -101,6 +102,13 @@ def p_value_of_samples(head_type, temperature, samples=SAMPLES, num_chunks=1):
 )
 def test_texts_have_the_models_distribution(head_type, temperature):
     assert p_value_of_samples(head_type, temperature, num_chunks=2) > 1e-3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_texts_have_the_models_distribution_if_the_draft_leaves_out_classes(temperature, monkeypatch):
+    """Four of six tokens can be drafted at a time: those in two of three classes."""
+    monkeypatch.setattr(vocabulary, "_TOKENS_OF_A_DRAFT", 4)
+    assert p_value_of_samples("sequential", temperature, head={"num_classes": 3}) > 1e-3
 
 
 def test_losing_the_token_after_a_complete_draft_is_detected(monkeypatch):

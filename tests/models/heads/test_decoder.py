@@ -85,14 +85,14 @@ def test_token_probabilities_distributions_and_losses_agree(size):
     states, tokens = states_of(model, 4), chunks_of(size)[[1, 4, 7, 8]]
     statistics = model.head.token_probabilities(states, tokens, 0.5)
     for index in range(size):
-        p_PV = model.head.token_distribution(states, tokens, index, 0.5)
+        p_PV = model.head.token_distribution(model.head.prepare(states), tokens, index, 0.5)
         assert_close(p_PV.sum(-1), torch.ones(4))
         assert_close(statistics.of_token_PK[:, index], p_PV.gather(1, tokens[:, index, None]).squeeze(-1))
         assert_close(statistics.of_pair_PK[:, index], p_PV.square().sum(-1))
         assert_close(statistics.highest_PK[:, index], p_PV.amax(-1))
         other = tokens.clone()
         other[:, index:] = (other[:, index:] + 1) % VOCABULARY[size]
-        assert_close(p_PV, model.head.token_distribution(states, other, index, 0.5))
+        assert_close(p_PV, model.head.token_distribution(model.head.prepare(states), other, index, 0.5))
     at_one = model.head.token_probabilities(states, tokens).of_token_PK
     assert_close(-at_one.log(), model.head.token_losses(states, tokens))
 
@@ -104,7 +104,7 @@ def test_greedy_draws_are_the_likeliest_tokens(size):
     drawn = model.head.draw_chunks(model.head.prepare(states), 2, temperature=0.0)
     assert torch.equal(drawn[0], drawn[1])
     for index in range(size):
-        likeliest = model.head.token_distribution(states, drawn[0], index).argmax(-1)
+        likeliest = model.head.token_distribution(model.head.prepare(states), drawn[0], index).argmax(-1)
         assert torch.equal(drawn[0, :, index], likeliest)
 
 
@@ -120,7 +120,7 @@ def test_update_of_the_backbone_affects_every_token():
 def test_first_and_last_layers_are_optional(first, last):
     model = model_of(2, vocab_size=40, head_config={**HEAD, "first_layers": first, "last_layers": last})
     drawn = model.head.draw_chunks(model.head.prepare(states_of(model)), 1, temperature=0.0)[0]
-    second = model.head.token_distribution(states_of(model), drawn, 1)
+    second = model.head.token_distribution(model.head.prepare(states_of(model)), drawn, 1)
     assert torch.equal(second.argmax(-1), drawn[:, 1])
 
 

@@ -62,7 +62,7 @@ def test_tokens_are_drawn_independently_from_their_distributions(classes, temper
         prepared = head.prepare(states[:1])
         pairs = head.draw_chunks(prepared, 20_000, torch.Generator().manual_seed(3), temperature)[:, 0]
         first, second = (
-            head.token_distribution(states[:1], pairs[:1], index, temperature or 0.01)[0] for index in (0, 1)
+            head.token_distribution(prepared, pairs[:1], index, temperature or 0.01)[0] for index in (0, 1)
         )
     actual = torch.bincount(pairs[:, 0] * 5 + pairs[:, 1], minlength=25).view(5, 5) / 20_000
     assert_close(actual, first.float()[:, None] * second.float(), atol=0.015, rtol=0)
@@ -108,7 +108,7 @@ def test_both_losses_learn_the_distribution(loss):
         optimizer.step()
     with torch.no_grad():
         for index in (0, 1):
-            learned = head.token_distribution(states[:1], tokens[:1], index)[0]
+            learned = head.token_distribution(head.prepare(states[:1]), tokens[:1], index)[0]
             frequencies = torch.bincount(tokens[:, index], minlength=4) / 4000
             assert_close(learned, frequencies, atol=0.01, rtol=0)
 

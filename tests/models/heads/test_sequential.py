@@ -12,7 +12,7 @@ from calm import CalmForCausalLM
 from calm.core.distillation import SoftTargets
 from calm.errors import InputError
 from calm.models.generation.sampler_registry import default_sampler, sampler_from
-from calm.models.heads import Likelihood, Target
+from calm.models.heads import Likelihood, Target, vocabulary
 from calm.models.heads.logits import draw_tokens
 from calm.models.heads.registry import build_head
 from calm.models.heads.vocabulary import ClassedTokens, TwoSoftmaxes
@@ -201,7 +201,7 @@ def test_distillation_losses_match_those_of_full_distributions(small, needs_grad
         actual = head.distillation_losses(states, tokens, soft_targets)
     teacher = (soft_targets.states_MY @ soft_targets.table_UY.T / 2).log_softmax(-1).view(6, SIZE, VOCABULARY)
     for index in range(SIZE):
-        p = head.token_distribution(states, tokens, index)
+        p = head.token_distribution(head.prepare(states), tokens, index)
         cross_entropy = -p.log().gather(1, tokens[:, index, None]).squeeze(1)
         log_q = teacher[:, index]
         divergence = (log_q.exp() * (log_q - (p.log() / 2).log_softmax(-1))).sum(-1)
@@ -211,6 +211,33 @@ def test_distillation_losses_match_those_of_full_distributions(small, needs_grad
     if needs_gradients:
         actual.sum().backward()
         assert all(p.grad is not None for name, p in head.named_parameters() if "scores" in name)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_drafts_are_drawn_from_the_likeliest_classes(temperature, monkeypatch):
+    """Their distribution is that of the head, without the other tokens."""
+    monkeypatch.setattr(vocabulary, "_TOKENS_OF_A_DRAFT", 13)  # Two classes of six of the seven.
+    torch.manual_seed(0)
+    model = tiny_model(SIZE, vocab_size=40, head_config=HEAD | {"num_classes": 7})
+    head, states = model.head, 3 * torch.randn(50, model.config.state_size)
+    head.tokens_by_class.copy_(torch.randperm(40))
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            if name.startswith(("scores", "class_scores", "out.", "direct.")):
+                parameter.normal_(std=0.5)
+        head.class_scores.bias[-1] = 2.0  # The last class has four tokens and padding.
+        prepared, tokens = head.prepare(states), torch.randint(0, 40, (50, SIZE))
+        full_PV = head.token_distribution(prepared, tokens, 1, temperature)
+        at_one_PV = head.token_distribution(prepared, tokens, 1)
+        actual = head.draft_distribution(prepared, tokens, 1, temperature)
+    classes_PC = torch.zeros(50, 7).index_add_(1, torch.arange(40) // 6, at_one_PV[:, head.tokens_by_class])
+    is_likely_PC = classes_PC >= classes_PC.topk(2).values[:, 1:]
+    expected_PV = torch.zeros(50, 40)
+    expected_PV[:, head.tokens_by_class] = is_likely_PC[:, torch.arange(40) // 6].float()
+    expected_PV *= full_PV
+    assert_close(actual.over_vocabulary(), expected_PV / expected_PV.sum(-1, keepdim=True))
+    assert actual.p_MS.shape == (50, 12) and bool(is_likely_PC[:, -1].any())
+    assert_close(actual.row(3).over_vocabulary(), actual.over_vocabulary()[3:4])
 
 
 def test_classes_are_of_equal_size_and_never_empty():
@@ -237,7 +264,7 @@ def test_new_head_with_classes_starts_from_counts_and_neighbours():
         for weight in (head.out.weight, head.out.bias, head.direct.weight, head.direct.bias):
             weight.zero_()
         states = torch.randn(3, 32 + head.config.extra_state_size)
-        actual = head.token_distribution(states, torch.zeros(3, 4, dtype=torch.long), 1)
+        actual = head.token_distribution(head.prepare(states), torch.zeros(3, 4, dtype=torch.long), 1)
     assert_close(actual, ((counts + 0.5) / (counts + 0.5).sum()).expand(3, -1))
     classes = head.tokens_by_class.view(4, 10)
     assert {frozenset((row % 4).tolist()) for row in classes} == {frozenset({n}) for n in range(4)}

@@ -125,7 +125,7 @@ class ChunkDrafter:
             shape = {**line, **shape}  # The next chunk needs a complete one before it.
         tree = GrowingTree(self._model.head, self._sampler.temperature, self._ends, generator)
         for index in range(num_chunks):
-            chunk_K = tree.add_chunk(state_1D, size, shape, max_length - index * size)
+            chunk_K = tree.add_chunk(self._prepare(state_1D), size, shape, max_length - index * size)
             if chunk_K is None or index + 1 == num_chunks:
                 break
             state_1D, shape = self._steps.advance(chunk_K.unsqueeze(0), cache), line
@@ -154,6 +154,11 @@ class ChunkDrafter:
         size = self._model.config.chunk_size
         padded_length = -(-len(text) // size) * size
         return self._max_context is None or padded_length + size * (num_chunks - 1) <= self._max_context
+
+    def _prepare(self, state_1D: Tensor) -> Tensor:
+        """Output of the head's `prepare`."""
+        compiled = self._steps.compiled
+        return self._model.head.prepare(state_1D) if compiled is None else compiled.prepare(state_1D)
 
     def _sample_line(
         self, state_1D: Tensor, cache: SlotCache, num_chunks: int, generator: torch.Generator | None

@@ -1,6 +1,7 @@
 """Grows a draft tree token by token.
 
-Shapes: M leaves, C candidates for the token after a leaf, K tokens per chunk, D state size, V vocabulary.
+Shapes: M leaves, C candidates for the token after a leaf, K tokens per chunk, X size of what the head
+prepares, V vocabulary.
 """
 
 import heapq
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from calm.core.branches import TEXT, Branches
 from calm.core.speculative import draw_distinct
-from calm.models.heads import TokenDistributions
+from calm.models.heads import TokenDistribution, TokenDistributions
 from calm.models.heads.contract import MIN_TEMPERATURE, require_finite
 
 TreePath = tuple[int, ...]
@@ -84,7 +85,7 @@ class GrowingTree:
         self._ends, self._generator = ends, generator
         self._tokens: list[int] = []
         self._parents: list[int] = []
-        self._distributions: dict[int, Tensor] = {}
+        self._distributions: dict[int, TokenDistribution] = {}
         self._root = TEXT  # Where the next chunk starts.
 
     @property
@@ -94,13 +95,13 @@ class GrowingTree:
 
     def distribution_at(self, node: int) -> Tensor:
         """The distribution, (V,), from which the children of a node were drawn."""
-        return self._distributions[node]
+        return self._distributions[node].over_vocabulary()[0]
 
-    def add_chunk(self, state_1D: Tensor, size: int, shape: Shape, max_length: int) -> Tensor | None:
+    def add_chunk(self, prepared_1X: Tensor, size: int, shape: Shape, max_length: int) -> Tensor | None:
         """Grow a chunk after the first candidates of the previous one.
 
         Args:
-            state_1D: State of the previous chunk.
+            prepared_1X: Output of the head's `prepare` for the state of the previous chunk.
             size: Tokens per chunk K.
             shape: Number of candidates at each node.
             max_length: Maximum length of a path in this chunk.
@@ -115,11 +116,11 @@ class GrowingTree:
             }
             if not leaves:
                 return None
-            p_MV = self._distributions_after(list(leaves.values()), state_1D, size)
-            candidates = self._candidates(p_MV, max(shape[path] for path in leaves))
+            distribution = self._distribution_after(list(leaves.values()), prepared_1X, size)
+            candidates = self._candidates(distribution, max(shape[path] for path in leaves))
             next_leaves: dict[TreePath, _Leaf] = {}
-            for (path, leaf), p_V, tokens_C in zip(leaves.items(), p_MV, candidates, strict=True):
-                self._distributions[leaf.node] = p_V
+            for row, ((path, leaf), tokens_C) in enumerate(zip(leaves.items(), candidates, strict=True)):
+                self._distributions[leaf.node] = distribution.row(row)
                 for rank, token in enumerate(tokens_C[: shape[path]]):
                     next_leaves[(*path, rank)] = self._add(leaf, token)
             leaves = next_leaves
@@ -127,7 +128,7 @@ class GrowingTree:
         if first is None or self._has_ended(first):
             return None
         self._root = first.node
-        return torch.tensor(first.tokens, device=state_1D.device)
+        return torch.tensor(first.tokens, device=prepared_1X.device)
 
     def _has_ended(self, leaf: _Leaf) -> bool:
         return len(leaf.tokens) > 0 and leaf.tokens[-1] in self._ends
@@ -137,21 +138,26 @@ class GrowingTree:
         self._parents.append(parent.node)
         return _Leaf(len(self._tokens) - 1, [*parent.tokens, token])
 
-    def _distributions_after(self, leaves: Sequence[_Leaf], state_1D: Tensor, size: int) -> Tensor:
-        """The distribution of the token after each leaf, (M, V); all are at the same depth."""
+    def _distribution_after(
+        self, leaves: Sequence[_Leaf], prepared_1X: Tensor, size: int
+    ) -> TokenDistribution:
+        """The distribution of the token after each leaf, in M rows; all are at the same depth."""
         depth = len(leaves[0].tokens)
         padding = [0] * (size - depth)
-        chunks_MK = torch.tensor([[*leaf.tokens, *padding] for leaf in leaves], device=state_1D.device)
+        chunks_MK = torch.tensor([[*leaf.tokens, *padding] for leaf in leaves], device=prepared_1X.device)
         # Temperature does not change which tokens are likeliest.
         temperature = self._temperature if self._temperature >= MIN_TEMPERATURE else 1.0
-        states_MD = state_1D.expand(len(leaves), -1)
-        p_MV = self._head.token_distribution(states_MD, chunks_MK, depth, temperature)
-        require_finite(p_MV[:, 0])
-        return p_MV
+        prepared_MX = prepared_1X.expand(len(leaves), -1)
+        distribution = self._head.draft_distribution(prepared_MX, chunks_MK, depth, temperature)
+        require_finite(distribution.p_MS[:, 0])
+        return distribution
 
-    def _candidates(self, p_MV: Tensor, number: int) -> list[list[int]]:
+    def _candidates(self, distribution: TokenDistribution, number: int) -> list[list[int]]:
         """Candidates for the token after each leaf, (M, C), best or drawn first."""
-        number = min(number, p_MV.shape[1])
+        p_MS, tokens_MS = distribution.p_MS, distribution.tokens_MS
+        number = min(number, p_MS.shape[1])
         if self._temperature < MIN_TEMPERATURE:
-            return p_MV.topk(number).indices.tolist()
-        return draw_distinct(p_MV, number, self._generator).tolist()
+            chosen_MC = p_MS.topk(number).indices
+        else:
+            chosen_MC = draw_distinct(p_MS, number, self._generator)
+        return (chosen_MC if tokens_MS is None else tokens_MS.gather(1, chosen_MC)).tolist()

@@ -14,6 +14,7 @@ from calm.models.heads.contract import (
     LatentHead,
     Likelihood,
     Target,
+    TokenDistribution,
     TokenDistributions,
     TokenProbabilities,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "SequentialHead",
     "SequentialHeadConfig",
     "Target",
+    "TokenDistribution",
     "TokenDistributions",
     "TokenProbabilities",
     "build_head",

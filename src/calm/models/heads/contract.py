@@ -260,17 +260,46 @@ class Likelihood(Protocol):
         """
 
 
+class TokenDistribution(NamedTuple):
+    """Distributions of a token, one per row, over the whole vocabulary or a part of it.
+
+    Args:
+        p_MS: Probabilities, which add up to 1 in each row.
+        vocab_size: Number of tokens in the vocabulary V.
+        tokens_MS: Their tokens; None if they are all tokens, in order. The probabilities of a token that
+            occurs twice add up.
+    """
+
+    p_MS: Tensor
+    vocab_size: int
+    tokens_MS: Tensor | None = None
+
+    def row(self, index: int) -> "TokenDistribution":
+        """One row."""
+        tokens_MS = None if self.tokens_MS is None else self.tokens_MS[index : index + 1]
+        return TokenDistribution(self.p_MS[index : index + 1], self.vocab_size, tokens_MS)
+
+    def over_vocabulary(self) -> Tensor:
+        """Probabilities of all tokens, (M, V)."""
+        if self.tokens_MS is None:
+            return self.p_MS
+        p_MV = self.p_MS.new_zeros(len(self.p_MS), self.vocab_size)
+        return p_MV.scatter_add_(1, self.tokens_MS, self.p_MS)
+
+
 @runtime_checkable
 class TokenDistributions(Protocol):
-    """A head that can return the full distribution of a token, which drafts need."""
+    """A head that knows from which distribution it draws each token, which drafts need."""
 
-    def token_distribution(
-        self, states_PD: Tensor, tokens_PK: Tensor, place: int, temperature: float = 1.0
-    ) -> Tensor:
-        """Distribution of the token at one position of each chunk, given the tokens before it, (P, V).
+    def draft_distribution(
+        self, prepared_P: Tensor, tokens_PK: Tensor, place: int, temperature: float = 1.0
+    ) -> TokenDistribution:
+        """Distribution of the token at one position of each chunk, given the tokens before it, in P rows.
+
+        It may leave out unlikely tokens: a draft can be drawn from any distribution.
 
         Args:
-            states_PD: States of the preceding chunks.
+            prepared_P: Output of `prepare` for the states of the preceding chunks, or some of its rows.
             tokens_PK: The chunks; tokens from that position on are ignored.
             place: Position inside the chunk, from 0.
             temperature: As in `Likelihood.token_probabilities`.

@@ -26,7 +26,7 @@ from calm.models.heads.contract import require_finite
 from calm.models.heads.fields import HeadConfig, HeadFlops, check_counts
 from calm.models.heads.likelihood import LikelihoodHead
 from calm.models.heads.vocabulary import OneSoftmax
-from calm.models.token_layers import TokenLayers, multiply_adds_of_layer
+from calm.models.token_layers import Memory, TokenLayers, multiply_adds_of_layer
 
 
 @dataclass(kw_only=True)
@@ -120,7 +120,7 @@ class DecoderHead(LikelihoodHead):
 
     def embed_chunks(self, chunks_BCK: Tensor) -> Tensor:
         """See `GenerativeHead`: the embedding of the chunk's last token."""
-        return self._embed(chunks_BCK[..., -1])
+        return self.embed(chunks_BCK[..., -1])
 
     def boundary_layers(self) -> list[nn.Module]:
         """The output projection, unless it is tied to the embeddings."""
@@ -149,28 +149,35 @@ class DecoderHead(LikelihoodHead):
         return update_PD.unsqueeze(1) + injected_PKD
 
     def _sample(self, prepared_P: Tensor, uniform_NPK: Tensor, temperature: float) -> Tensor:
-        size, width, num_draws = self.config.chunk_size, self.hidden_size, uniform_NPK.shape[0]
-        widths = [width, (size - 1) * width, self.first.memory_size, self.last.memory_size]
-        prepared_MX = prepared_P.expand(num_draws, -1, -1).flatten(0, 1)
-        vectors_MD, updates_MX, first_MX, last_MX = prepared_MX.split(widths, dim=-1)
-        updates_MKD = updates_MX.unflatten(-1, (size - 1, width))
-        first_memory, last_memory = self.first.unpack(first_MX), self.last.unpack(last_MX)
+        window = self._window(prepared_P.expand(uniform_NPK.shape[0], -1, -1).flatten(0, 1))
         vocabulary, tokens = self._vocabulary(), list[Tensor]()
         checks_M = torch.zeros_like(uniform_NPK[..., 0]).flatten()
         for k, uniform_NP in enumerate(uniform_NPK.unbind(-1)):
-            if k > 0:
-                x_MD, first_memory = self.first.step(self._embed(tokens[-1]), k, first_memory)
-                x_MD, last_memory = self.last.step(x_MD + updates_MKD[:, k - 1], k, last_memory)
-                vectors_MD = self.norm(x_MD)
+            vectors_MD = window.vectors_PD if k == 0 else window.advance(tokens[-1])
             tokens_M, check_M = vocabulary.choose(vectors_MD, uniform_NP.flatten(), temperature)
             tokens.append(tokens_M)
             checks_M = checks_M + check_M
         require_finite(checks_M)  # Once for all tokens: it waits for the device.
         return torch.stack(tokens, dim=-1).view_as(uniform_NPK)
 
+    def _window(self, prepared_P: Tensor) -> "_Window":
+        """The start of the windows of some positions, from the output of `prepare`."""
+        size, width = self.config.chunk_size, self.hidden_size
+        widths = [width, (size - 1) * width, self.first.memory_size, self.last.memory_size]
+        vectors_PD, updates_PX, first_PX, last_PX = prepared_P.split(widths, dim=-1)
+        updates_PKD = updates_PX.unflatten(-1, (size - 1, width))
+        return _Window(self, vectors_PD, updates_PKD, self.first.unpack(first_PX), self.last.unpack(last_PX))
+
+    def _vectors_at(self, place: int, prepared_P: Tensor, tokens_PK: Tensor) -> Tensor:
+        """See `LikelihoodHead`."""
+        window = self._window(prepared_P)
+        for tokens_P in tokens_PK[:, :place].unbind(1):
+            window.advance(tokens_P)
+        return window.vectors_PD
+
     def _vectors(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
         state_PD, previous_PD = self._split_states(states_PD)
-        window_PKD = torch.cat([previous_PD.unsqueeze(1), self._embed(tokens_PK[:, :-1])], dim=1)
+        window_PKD = torch.cat([previous_PD.unsqueeze(1), self.embed(tokens_PK[:, :-1])], dim=1)
         x_PKD = self.first(window_PKD)
         later_PKD = x_PKD[:, 1:] + self._later_updates(state_PD - x_PKD[:, 0])
         x_PKD = self.last(torch.cat([state_PD.unsqueeze(1), later_PKD], dim=1))
@@ -185,5 +192,35 @@ class DecoderHead(LikelihoodHead):
         table = self._backbone[0].embed_tokens if self.scores is None else self.scores
         return OneSoftmax(table.weight)  # type: ignore[union-attr,arg-type]
 
-    def _embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The backbone's embeddings of tokens, (..., D)."""
         return self._backbone[0].embed_tokens(tokens)  # type: ignore[operator]
+
+
+@dataclass
+class _Window:
+    """The windows of some positions, read token by token.
+
+    Args:
+        head: The head.
+        vectors_PD: The vectors that give the logits of the next token.
+        updates_PKD: What is added at each of the K - 1 positions after the first.
+        first_memory: Keys and values in the first layers so far.
+        last_memory: Keys and values in the last layers so far.
+    """
+
+    head: DecoderHead
+    vectors_PD: Tensor
+    updates_PKD: Tensor
+    first_memory: Memory
+    last_memory: Memory
+    num_read: int = 0
+
+    def advance(self, tokens_P: Tensor) -> Tensor:
+        """Read a token; returns the vectors that give the logits of the token after it, (P, D)."""
+        head, place = self.head, self.num_read + 1
+        x_PD, self.first_memory = head.first.step(head.embed(tokens_P), place, self.first_memory)
+        x_PD = x_PD + self.updates_PKD[:, self.num_read]
+        x_PD, self.last_memory = head.last.step(x_PD, place, self.last_memory)
+        self.vectors_PD, self.num_read = head.norm(x_PD), place
+        return self.vectors_PD

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from calm.core.distillation import SoftTargets
 from calm.core.random import Randomness, uniform
-from calm.models.heads.contract import MIN_TEMPERATURE, GenerativeHead, Target, TokenProbabilities
+from calm.models.heads.contract import (
+    MIN_TEMPERATURE,
+    GenerativeHead,
+    Target,
+    TokenDistribution,
+    TokenProbabilities,
+)
 from calm.models.heads.vocabulary import Vocabulary
 
 
@@ -22,6 +28,13 @@ class LikelihoodHead(GenerativeHead):
     @abc.abstractmethod
     def _vectors(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
         """The vectors that give each token's logits, given the true tokens before it, (P·K, X)."""
+
+    @abc.abstractmethod
+    def _vectors_at(self, place: int, prepared_P: Tensor, tokens_PK: Tensor) -> Tensor:
+        """The same vectors for the token at one position of each chunk, from the output of `prepare`, (P, X).
+
+        Tokens from that position on are ignored.
+        """
 
     @abc.abstractmethod
     def _vocabulary(self) -> Vocabulary:
@@ -60,16 +73,34 @@ class LikelihoodHead(GenerativeHead):
         return TokenProbabilities(*statistics_3M.unflatten(-1, tokens_PK.shape))
 
     def token_distribution(
-        self, states_PD: Tensor, tokens_PK: Tensor, place: int, temperature: float = 1.0
+        self, prepared_P: Tensor, tokens_PK: Tensor, place: int, temperature: float = 1.0
     ) -> Tensor:
+        """Distribution of the token at one position of each chunk, given the tokens before it, (P, V).
+
+        Args:
+            prepared_P: Output of `prepare` for the states of the preceding chunks, or some of its rows.
+            tokens_PK: The chunks; tokens from that position on are ignored.
+            place: Position inside the chunk, from 0.
+            temperature: As in `Likelihood.token_probabilities`.
+
+        Raises:
+            ValueError: If the temperature lies outside 0.01 to 1.
+        """
+        _check_for_probabilities(temperature)
+        vectors_PX = self._vectors_at(place, prepared_P, tokens_PK)
+        return torch.cat(list(self._vocabulary().distributions(vectors_PX, temperature)))
+
+    def draft_distribution(
+        self, prepared_P: Tensor, tokens_PK: Tensor, place: int, temperature: float = 1.0
+    ) -> TokenDistribution:
         """See `TokenDistributions`.
 
         Raises:
             ValueError: If the temperature lies outside 0.01 to 1.
         """
         _check_for_probabilities(temperature)
-        vectors_PKX = self._vectors(states_PD, tokens_PK).unflatten(0, tokens_PK.shape)
-        return torch.cat(list(self._vocabulary().distributions(vectors_PKX[:, place], temperature)))
+        vectors_PX = self._vectors_at(place, prepared_P, tokens_PK)
+        return self._vocabulary().draft_distribution(vectors_PX, temperature)
 
     def draw_chunks(
         self, prepared_P: Tensor, num_draws: int, randomness: Randomness = None, temperature: float = 1.0

@@ -101,6 +101,10 @@ class ParallelHead(TokenClassesHead, LikelihoodHead):
         require_finite(check_M)
         return tokens_M.view_as(uniform_NPK)
 
+    def _vectors_at(self, place: int, prepared_P: Tensor, tokens_PK: Tensor) -> Tensor:
+        """See `LikelihoodHead`."""
+        return prepared_P.unflatten(-1, (self.config.chunk_size, -1))[:, place]
+
     def _vectors(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
         """The vectors that give each token's logits, (P·K, R); they do not depend on the tokens."""
         vectors_PKR: Tensor = self.network(*self._split_states(states_PD))

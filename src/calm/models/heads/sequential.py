@@ -11,8 +11,9 @@ D hidden size, E size of a token embedding, W = K·E size of a window, S blocks,
 that give the logits: r, or 2 r with classes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,20 @@ class SequentialHeadConfig(TokenClassesConfig):
         per_token = (self.chunk_size * self.token_size + 2 * blocks * hidden_size + size) * hidden_size
         per_draw = self.chunk_size * (per_token + self.num_logits * (self.rank + 1))
         return HeadFlops.of_forward_pass(shared, per_draw, training_draws=1)
+
+
+class _Shared(NamedTuple):
+    """What all tokens of a chunk share.
+
+    Args:
+        modulations: Shift, scale and gate of each block, (P, 3·D).
+        direct_PKR: Added to each token's vector.
+        previous_PKE: The head's embeddings of the previous chunk.
+    """
+
+    modulations: Sequence[Tensor]
+    direct_PKR: Tensor
+    previous_PKE: Tensor
 
 
 class SequentialHead(TokenClassesHead, LikelihoodHead):
@@ -90,27 +105,48 @@ class SequentialHead(TokenClassesHead, LikelihoodHead):
 
     def _sample(self, prepared_P: Tensor, uniform_NPK: Tensor, temperature: float) -> Tensor:
         """Tokens (N, P, K), sampled one after another, each from a uniform number in [0, 1)."""
-        config, size, num_draws = self.config, self.config.chunk_size, uniform_NPK.shape[0]
-        widths = [3 * self.hidden_size] * config.num_blocks
-        widths += [size * config.vector_size, config.extra_state_size]
-        *modulations, direct_PX, previous_PW = prepared_P.split(widths, dim=-1)
-        direct_PKR = direct_PX.unflatten(-1, (size, -1))
-        previous_PKE = previous_PW.unflatten(-1, (size, -1))
-        embedded = list(previous_PKE.expand(num_draws, -1, -1, -1).unbind(-2))
+        num_draws, shared = uniform_NPK.shape[0], self._shared(prepared_P)
+        embedded = list(shared.previous_PKE.expand(num_draws, -1, -1, -1).unbind(-2))
         vocabulary, tokens = self._vocabulary(), list[Tensor]()
         checks_M = torch.zeros_like(uniform_NPK[..., 0]).flatten()
         for k, uniform_NP in enumerate(uniform_NPK.unbind(-1)):
-            x_NPD = self.inp(torch.cat(embedded[-size:], dim=-1)) + self.embed_places.weight[k]
-            for block, modulation in zip(self.blocks, modulations, strict=True):
-                x_NPD = block.forward_modulated(x_NPD, modulation)  # type: ignore[operator]
-            vectors_NPR = self.out(self.out_norm(x_NPD)) + direct_PKR[:, k]
-            vectors_MR = vectors_NPR.flatten(0, 1)
+            vectors_MR = self._vectors_after(embedded, k, shared).flatten(0, 1)
             tokens_M, check_M = vocabulary.choose(vectors_MR, uniform_NP.flatten(), temperature)
             tokens.append(tokens_M.view_as(uniform_NP))
             checks_M = checks_M + check_M
             embedded.append(self.embed_tokens(tokens[-1]))
         require_finite(checks_M)  # Once for all tokens: it waits for the device.
         return torch.stack(tokens, dim=-1)
+
+    def _vectors_at(self, place: int, prepared_P: Tensor, tokens_PK: Tensor) -> Tensor:
+        """See `LikelihoodHead`."""
+        shared = self._shared(prepared_P)
+        embedded_PKE = torch.cat([shared.previous_PKE, self.embed_tokens(tokens_PK[:, :place])], dim=1)
+        return self._vectors_after(embedded_PKE.unbind(1), place, shared)
+
+    def _shared(self, prepared_P: Tensor) -> "_Shared":
+        """The parts of the output of `prepare`."""
+        config, size = self.config, self.config.chunk_size
+        widths = [3 * self.hidden_size] * config.num_blocks
+        widths += [size * config.vector_size, config.extra_state_size]
+        *modulations, direct_PX, previous_PW = prepared_P.split(widths, dim=-1)
+        return _Shared(
+            modulations, direct_PX.unflatten(-1, (size, -1)), previous_PW.unflatten(-1, (size, -1))
+        )
+
+    def _vectors_after(self, embedded: Sequence[Tensor], place: int, shared: "_Shared") -> Tensor:
+        """The vectors that give a token's logits, (..., P, R).
+
+        Args:
+            embedded: Embeddings (..., P, E) of the tokens before it, at least K.
+            place: Its position inside the chunk, from 0.
+            shared: What all tokens of the chunk share.
+        """
+        window = torch.cat(embedded[-self.config.chunk_size :], dim=-1)  # type: ignore[arg-type]
+        x = self.inp(window) + self.embed_places.weight[place]
+        for block, modulation in zip(self.blocks, shared.modulations, strict=True):
+            x = block.forward_modulated(x, modulation)  # type: ignore[operator]
+        return self.out(self.out_norm(x)) + shared.direct_PKR[:, place]
 
     def _vectors(self, states_PD: Tensor, tokens_PK: Tensor) -> Tensor:
         """The vectors that give each token's logits, given the true tokens before it, (P·K, R)."""

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from calm.core.classes import losses_in_classes, slots_of
 from calm.core.cross_entropy import cross_entropy
 from calm.core.distillation import SoftTargets, distillation, distillation_of_logits
-from calm.models.heads.contract import MIN_TEMPERATURE
+from calm.models.heads.contract import MIN_TEMPERATURE, TokenDistribution
 from calm.models.heads.logits import (
     draw_by_groups,
     draw_from_distributions,
@@ -28,6 +28,9 @@ from calm.models.heads.logits import (
 
 # Logits in class order, with class logits added, in token order, and exponentiated: all in memory at once.
 _COPIES_OF_LOGITS = 4
+# Tokens whose logits a draft computes: 4,096 of 49,152 keep 86% of the probability, and 98% of the accepted
+# tokens (docs/log.md).
+_TOKENS_OF_A_DRAFT = 4096
 
 
 class Vocabulary(abc.ABC):
@@ -49,6 +52,11 @@ class Vocabulary(abc.ABC):
     @abc.abstractmethod
     def distributions(self, vectors_MX: Tensor, temperature: float = 1.0) -> Iterator[Tensor]:
         """The distribution of each row, (m, V), a few rows at a time."""
+
+    def draft_distribution(self, vectors_MX: Tensor, temperature: float) -> TokenDistribution:
+        """A distribution that is like that of each row but cheap, for drafts."""
+        p_MV = torch.cat(list(self.distributions(vectors_MX, temperature)))
+        return TokenDistribution(p_MV, p_MV.shape[1])
 
     @abc.abstractmethod
     def draw(self, vectors_MX: Tensor, uniform_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -164,6 +172,16 @@ class ClassedTokens:
         logits_MCG = logits_MW.masked_fill(is_padding_W, -torch.inf).unflatten(-1, (-1, self.class_size))
         return logits_MCG.log_softmax(-1)
 
+    def log_distributions_of(self, class_MJ: Tensor, vectors_MX: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities within some classes of each row, and their tokens, (M, J, G) each."""
+        size, last = self.class_size, len(self.tokens_V) - 1
+        slots_MJG = class_MJ.unsqueeze(-1) * size + torch.arange(size, device=class_MJ.device)
+        table_MWX = self.table_WX.unflatten(0, (-1, size))[class_MJ].flatten(1, 2)
+        logits_MW = torch.bmm(table_MWX, vectors_MX.unsqueeze(-1)).squeeze(-1)
+        logits_MJG = _at_least_float32(logits_MW).view_as(slots_MJG) + self.bias_W[slots_MJG]
+        log_p_MJG = logits_MJG.masked_fill(slots_MJG > last, -torch.inf).log_softmax(-1)
+        return log_p_MJG, self.tokens_V[slots_MJG.clamp_max(last)]
+
     def draw(self, class_M: Tensor, vectors_MX: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
         """Sample a token of a given class per row, (M,); also returns a number, as `Vocabulary.draw` does.
 
@@ -228,6 +246,18 @@ class TwoSoftmaxes(Vocabulary):
             log_p_RV = self._log_distribution(part_RX)
             yield log_p_RV.exp() if temperature == 1 else (log_p_RV / temperature).softmax(-1)
 
+    def draft_distribution(self, vectors_MX: Tensor, temperature: float) -> TokenDistribution:
+        """See `Vocabulary`: that of the tokens in the likeliest classes."""
+        num_classes = max(1, _TOKENS_OF_A_DRAFT // self.tokens.class_size)
+        if num_classes >= len(self.class_table_CX):
+            return super().draft_distribution(vectors_MX, temperature)
+        class_vectors_MX, token_vectors_MX = vectors_MX.chunk(2, dim=-1)
+        likeliest = self._class_log_distribution(class_vectors_MX).topk(num_classes)
+        log_p_MJG, tokens_MJG = self.tokens.log_distributions_of(likeliest.indices, token_vectors_MX)
+        log_p_MS = (likeliest.values.unsqueeze(-1) + log_p_MJG).flatten(1)
+        p_MS = (log_p_MS / temperature).softmax(-1)
+        return TokenDistribution(p_MS, len(self.tokens.tokens_V), tokens_MJG.flatten(1))
+
     def draw(self, vectors_MX: Tensor, uniform_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """See `Vocabulary`."""
         if temperature != 1 and torch.compiler.is_compiling():
@@ -244,10 +274,14 @@ class TwoSoftmaxes(Vocabulary):
     def _log_distribution(self, vectors_MX: Tensor) -> Tensor:
         """Log-probabilities of each row, (M, V)."""
         class_vectors_MX, token_vectors_MX = vectors_MX.chunk(2, dim=-1)
-        logits_MC = F.linear(class_vectors_MX, self.class_table_CX, self.class_bias_C)
-        log_p_MC = _at_least_float32(logits_MC).log_softmax(-1)
+        log_p_MC = self._class_log_distribution(class_vectors_MX)
         log_p_MW = (log_p_MC.unsqueeze(-1) + self.tokens.log_distributions(token_vectors_MX)).flatten(1)
         return log_p_MW.index_select(-1, slots_of(self.tokens.tokens_V))
+
+    def _class_log_distribution(self, class_vectors_MX: Tensor) -> Tensor:
+        """Log-probabilities of the classes, (M, C)."""
+        logits_MC = F.linear(class_vectors_MX, self.class_table_CX, self.class_bias_C)
+        return _at_least_float32(logits_MC).log_softmax(-1)
 
 
 def draw_from_logits(logits_MI: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
