@@ -15,15 +15,38 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import DynamicCache
 
+from calm.core.speculative import draw_distinct
 from calm.data.formats import read_documents
 from calm.data.options import ReadingOptions
+from calm.models.caches import CACHE
 
 
 def passages(ids_T: list[int], length: int, generator: torch.Generator, number: int) -> torch.Tensor:
     """Random passages of `length` tokens, (number, length)."""
     starts = torch.randint(len(ids_T) - length, (number,), generator=generator).tolist()
     return torch.tensor([ids_T[start : start + length] for start in starts])
+
+
+@torch.no_grad()
+def continue_passages(
+    model: Any, prompts_RT: torch.Tensor, number: int, temperature: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Passages with `number` more tokens each, end-of-text tokens included.
+
+    `generate` draws with `torch.multinomial`, which takes half of the time of a step here: it draws a random
+    number for each token of the vocabulary.
+    """
+    text_RT, next_RT, cache = prompts_RT, prompts_RT, DynamicCache(config=model.config)
+    for _ in range(number):
+        logits_RV = model(next_RT, logits_to_keep=1, **{CACHE: cache}).logits[:, -1].float()
+        if temperature == 0:
+            next_RT = logits_RV.argmax(-1, keepdim=True)
+        else:
+            next_RT = draw_distinct((logits_RV / temperature).softmax(-1), 1, generator)
+        text_RT = torch.cat([text_RT, next_RT], dim=1)
+    return text_RT
 
 
 def main() -> None:
@@ -49,7 +72,6 @@ def main() -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(
         arguments.source, dtype=arguments.dtype, attn_implementation=arguments.attention
     ).eval()
-    model.generation_config.eos_token_id = None  # All rows have the same length.
     documents = read_documents(arguments.prompts, ReadingOptions())
     texts = [text for text in islice(documents, arguments.documents) if text]
     ids_T = [token for text in texts for token in tokenizer(text, add_special_tokens=False).input_ids]
@@ -57,22 +79,10 @@ def main() -> None:
     done = arguments.output.read_text().count("\n") // arguments.rows if arguments.output.exists() else 0
     for batch in range(done, -(-arguments.tokens // per_batch)):
         start = time.monotonic()
-        torch.manual_seed(arguments.seed * 1_000_003 + batch)
         generator = torch.Generator().manual_seed(arguments.seed * 1_000_003 + batch)
         prompts_RT = passages(ids_T, arguments.prompt_tokens, generator, arguments.rows)
         temperature = arguments.temperatures[batch % len(arguments.temperatures)]
-        sampling = (
-            {"do_sample": False}
-            if temperature == 0
-            else {"do_sample": True, "temperature": temperature, "top_k": 0}
-        )
-        with torch.no_grad():
-            written_RT = model.generate(
-                prompts_RT,
-                attention_mask=torch.ones_like(prompts_RT),
-                max_new_tokens=arguments.new_tokens,
-                **sampling,
-            )
+        written_RT = continue_passages(model, prompts_RT, arguments.new_tokens, temperature, generator)
         lines = [
             json.dumps({"text": tokenizer.decode(row), "temperature": temperature})
             for row in written_RT.tolist()
