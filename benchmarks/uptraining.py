@@ -19,6 +19,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from measure import brier_scores, json_rows, machine
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -39,6 +40,9 @@ from calm.training.recipe_files import RECIPE, read_recipe, with_settings
 from calm.training.stages import train
 
 CONTEXT, EVALUATIONS = 512, 4
+GOAL = 0.1
+"""Nats from the source at which a conversion has succeeded."""
+DECAY_FRACTION = 0.3
 NUM_SCORED = 60
 """Blocks of held-out text for the final scores."""
 OPTIMIZER = "language_model.training.optimizer."
@@ -51,6 +55,7 @@ SHARED = {
     "language_model.training.evaluation_blocks": 10,
     OPTIMIZER + "warmup_steps": 10,
     OPTIMIZER + "schedule": "warmup_stable_decay",
+    OPTIMIZER + "decay_fraction": DECAY_FRACTION,
 }
 ADAMW = {OPTIMIZER + "name": "adamw", OPTIMIZER + "learning_rate": 6e-4}
 """By the training loss of the first 16 steps, 3e-4 and 1e-3 are about as good, and Muon (2e-3) is worse."""
@@ -125,6 +130,7 @@ def main() -> None:
     rows = [json.loads(file.read_text()) for file in sorted(arguments.results.glob("*.json"))]
     rows.sort(key=lambda row: list(WAYS).index(row["way"]))
     print(table(rows))
+    print("\n".join(forecasts(rows)))
     if arguments.figure:
         draw(rows, arguments.figure)
 
@@ -204,6 +210,36 @@ def table(rows: list[Row]) -> str:
         for row in rows
     ]
     return "\n".join(lines)
+
+
+def forecasts(rows: list[Row]) -> list[str]:
+    """What the curves ask for: after how many tokens a model would be within 0.1 nats of the source.
+
+    The distance to the source, trained further, is fitted as a power of the tokens read, from a tenth of the
+    run to where its learning rate decays. Only runs with at least six scores there are fitted.
+    """
+    source = next((row for row in rows if row["way"] == "source"), None)
+    if source is None:
+        return []
+    target, lines = min(nats for _, nats in source["curve"]), []
+    for row in rows:
+        per_token = row["training_flops"] / row["training_tokens"]
+        scores = [
+            (flops / per_token, nats - target)
+            for flops, nats in row["curve"]
+            if 0.1 <= flops / row["training_flops"] <= 1 - DECAY_FRACTION and nats > target
+        ]
+        if len(scores) < 6 or row is source:
+            continue
+        tokens, distances = np.log(np.array(scores)).T
+        (slope, start), covariance = np.polyfit(tokens, distances, 1, cov=True)
+        needed = np.exp((np.log(GOAL) - start) / slope)
+        lines.append(
+            f"{WAYS[row['way']].label}: the distance to the source falls as tokens^{slope:.3f} "
+            f"(± {covariance[0, 0] ** 0.5:.3f}); within {GOAL} nats after {needed:.1e} tokens, "
+            f"{needed * per_token:.1e} FLOPs"
+        )
+    return lines
 
 
 def draw(rows: list[Row], figure: Path) -> None:
