@@ -6,7 +6,7 @@
 
 All models train on the same text in the same order, for the same FLOPs (a teacher's included). They are
 scored on held-out text during training and at its end, after the learning rate has decayed. `new_same` has
-the sizes of the uptrained CALM, `new_small` sizes that suit so little training (`draft`). The small model
+the sizes of the uptrained CALM, `new_small` sizes that suit so little training. The small model
 spends nearly all of its time on the vocabulary, so it takes as many minutes for a tenth of the FLOPs; that is
 all it gets.
 
@@ -57,6 +57,13 @@ SHARED = {
     OPTIMIZER + "schedule": "warmup_stable_decay",
     OPTIMIZER + "decay_fraction": DECAY_FRACTION,
 }
+SMALL = {
+    "language_model.hidden_size": 128,
+    "language_model.intermediate_size": 352,
+    "language_model.head.num_classes": 1,
+    "language_model.head.rank": 48,
+    "language_model.head.token_size": 48,
+}
 ADAMW = {OPTIMIZER + "name": "adamw", OPTIMIZER + "learning_rate": 6e-4}
 """By the training loss of the first 16 steps, 3e-4 and 1e-3 are about as good, and Muon (2e-3) is worse."""
 
@@ -106,7 +113,7 @@ WAYS = {
     ),
     "new_same": Way("from nothing, the same sizes, K = 4 (4, 8)", uptraining_settings(4, 4, 8), "untrained"),
     "new_small": Way(
-        "from nothing, small, K = 4", {OPTIMIZER + "warmup_steps": 20}, None, recipe="draft", share=0.1
+        "from nothing, small, K = 4", SMALL | {OPTIMIZER + "warmup_steps": 20}, None, "draft", share=0.1
     ),
 }
 Row = dict[str, Any]
