@@ -98,7 +98,7 @@ class Way(NamedTuple):
 
 WAYS = {
     "source": Way(
-        "the Transformer trained on",
+        "the Transformer trained further",
         ADAMW | {"model": "autoregressive", "chunk_size": 1, OPTIMIZER + "learning_rate": 1e-4},
     ),
     "uptrained_K2": Way("uptrained, K = 2 (1, 4)", uptraining_settings(2, 1, 4)),
@@ -111,9 +111,9 @@ WAYS = {
         "uptrained, K = 4 (4, 8), taught",
         uptraining_settings(4, 4, 8, **{"language_model.teacher.weight": 0.5}),
     ),
-    "new_same": Way("from nothing, the same sizes, K = 4 (4, 8)", uptraining_settings(4, 4, 8), "untrained"),
+    "new_same": Way("from scratch, the same sizes, K = 4 (4, 8)", uptraining_settings(4, 4, 8), "untrained"),
     "new_small": Way(
-        "from nothing, small, K = 4", SMALL | {OPTIMIZER + "warmup_steps": 20}, None, "draft", share=0.1
+        "from scratch, small, K = 4", SMALL | {OPTIMIZER + "warmup_steps": 20}, None, "draft", share=0.1
     ),
 }
 Row = dict[str, Any]
@@ -259,10 +259,10 @@ def draw(rows: list[Row], figure: Path) -> None:
         for axes, x in zip(panels, (flops, minutes), strict=True):
             axes.plot(x, nats, marker="o", markersize=3, label=WAYS[row["way"]].label)
     for axes, label in zip(panels, ("training FLOPs", "minutes"), strict=True):
-        axes.set(xlabel=label)
+        axes.set(xlabel=label, xscale="log")
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="held-out nats per token")
-    panels[1].legend(fontsize="small", loc="center", bbox_to_anchor=(0.5, 0.35))
+    panels[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(0.02, 0.3))
     figure.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(figure, dpi=120, facecolor="white")
 
