@@ -262,7 +262,7 @@ def draw(rows: list[Row], figure: Path) -> None:
         axes.set(xlabel=label, xscale="log")
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="held-out nats per token")
-    panels[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(0.02, 0.3))
+    panels[1].legend(fontsize="small", loc="upper right")
     figure.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(figure, dpi=120, facecolor="white")
 
