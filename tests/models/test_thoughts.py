@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from recorders import RecordingStreamer
 from tiny import tiny_llama, tiny_model
 from torch.testing import assert_close
 
@@ -352,17 +353,7 @@ def test_beam_search_is_refused():
 
 
 def test_streamers_do_not_see_thoughts():
-    class Recorder(transformers.generation.streamers.BaseStreamer):
-        def __init__(self):
-            self.tokens, self.ended = [], False
-
-        def put(self, value):
-            self.tokens += value.flatten().tolist()
-
-        def end(self):
-            self.ended = True
-
     for model in (tiny_llama(), calm()):
-        recorder = Recorder()
+        recorder = RecordingStreamer()
         text = generate(model, torch.tensor([[1, 5, 6]]), num_thoughts=3, streamer=recorder)
-        assert recorder.tokens == text[0].tolist() and recorder.ended and THOUGHT not in recorder.tokens
+        assert recorder.tokens == text[0].tolist() and recorder.has_ended and THOUGHT not in recorder.tokens

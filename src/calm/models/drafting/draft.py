@@ -1,6 +1,7 @@
 """Drafts of a CALM for a text, which may end inside a chunk.
 
-Shapes: G drafted tokens, K tokens per chunk, C chunks, D state size, V vocabulary.
+Shapes: G drafted tokens, K tokens per chunk, C chunks, D state size, X size of what the head prepares, V
+vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from calm.models.drafting.growing import GrowingTree, best_shape, line_shape
 from calm.models.drafting.lookup import Lookup
 from calm.models.generation.alternatives import ends_of, up_to_end
 from calm.models.generation.reading import prefill
+from calm.models.generation.sampling import prepare
 from calm.models.generation.slots import SlotCache
 from calm.models.generation.steps import SlotSteps
 from calm.models.heads import TokenDistributions
@@ -125,7 +127,8 @@ class ChunkDrafter:
             shape = {**line, **shape}  # The next chunk needs a complete one before it.
         tree = GrowingTree(self._model.head, self._sampler.temperature, self._ends, generator)
         for index in range(num_chunks):
-            chunk_K = tree.add_chunk(self._prepare(state_1D), size, shape, max_length - index * size)
+            prepared_1X = prepare(self._model, state_1D, self._steps.compiled)
+            chunk_K = tree.add_chunk(prepared_1X, size, shape, max_length - index * size)
             if chunk_K is None or index + 1 == num_chunks:
                 break
             state_1D, shape = self._steps.advance(chunk_K.unsqueeze(0), cache), line
@@ -154,11 +157,6 @@ class ChunkDrafter:
         size = self._model.config.chunk_size
         padded_length = -(-len(text) // size) * size
         return self._max_context is None or padded_length + size * (num_chunks - 1) <= self._max_context
-
-    def _prepare(self, state_1D: Tensor) -> Tensor:
-        """Output of the head's `prepare`."""
-        compiled = self._steps.compiled
-        return self._model.head.prepare(state_1D) if compiled is None else compiled.prepare(state_1D)
 
     def _sample_line(
         self, state_1D: Tensor, cache: SlotCache, num_chunks: int, generator: torch.Generator | None

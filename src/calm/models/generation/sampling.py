@@ -25,6 +25,11 @@ _LARGE_PROJECTION = 2**22
 _FEW_DRAWS = 16
 
 
+def prepare(model: ChunkModel, states_PD: Tensor, compiled: CompiledSteps | None = None) -> Tensor:
+    """Output of the head's `prepare`, from the compiled functions of the model if there are any."""
+    return model.head.prepare(states_PD) if compiled is None else compiled.prepare(states_PD)
+
+
 @torch.no_grad()
 def sample_chunks(
     model: ChunkModel,
@@ -48,7 +53,7 @@ def sample_chunks(
     """
     head = model.head
     check_sampler(head, sampler)
-    prepared_P = head.prepare(states_PD) if compiled is None else compiled.prepare(states_PD)
+    prepared_P = prepare(model, states_PD, compiled)
     # A single draw is decoded in full.
     lazily = isinstance(head, LatentHead) and sampler.most_draws > 1 and _is_large(model.autoencoder)
     reader = _DecoderReader(model.autoencoder) if lazily else None

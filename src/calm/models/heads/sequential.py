@@ -124,7 +124,7 @@ class SequentialHead(TokenClassesHead, LikelihoodHead):
         embedded_PKE = torch.cat([shared.previous_PKE, self.embed_tokens(tokens_PK[:, :place])], dim=1)
         return self._vectors_after(embedded_PKE.unbind(1), place, shared)
 
-    def _shared(self, prepared_P: Tensor) -> "_Shared":
+    def _shared(self, prepared_P: Tensor) -> _Shared:
         """The parts of the output of `prepare`."""
         config, size = self.config, self.config.chunk_size
         widths = [3 * self.hidden_size] * config.num_blocks
@@ -134,7 +134,7 @@ class SequentialHead(TokenClassesHead, LikelihoodHead):
             modulations, direct_PX.unflatten(-1, (size, -1)), previous_PW.unflatten(-1, (size, -1))
         )
 
-    def _vectors_after(self, embedded: Sequence[Tensor], place: int, shared: "_Shared") -> Tensor:
+    def _vectors_after(self, embedded: Sequence[Tensor], place: int, shared: _Shared) -> Tensor:
         """The vectors that give a token's logits, (..., P, R).
 
         Args:

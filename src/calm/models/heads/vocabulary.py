@@ -174,13 +174,18 @@ class ClassedTokens:
 
     def log_distributions_of(self, class_MJ: Tensor, vectors_MX: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities within some classes of each row, and their tokens, (M, J, G) each."""
-        size, last = self.class_size, len(self.tokens_V) - 1
+        logits_MJG, slots_MJG = self._logits_of(class_MJ, vectors_MX)
+        log_p_MJG = _at_least_float32(logits_MJG).log_softmax(-1)
+        return log_p_MJG, self.tokens_V[slots_MJG.clamp_max(len(self.tokens_V) - 1)]
+
+    def _logits_of(self, class_MJ: Tensor, vectors_MX: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits within some classes of each row, minus infinity for padding, and their slots, (M, J, G)."""
+        size = self.class_size
         slots_MJG = class_MJ.unsqueeze(-1) * size + torch.arange(size, device=class_MJ.device)
         table_MWX = self.table_WX.unflatten(0, (-1, size))[class_MJ].flatten(1, 2)
         logits_MW = torch.bmm(table_MWX, vectors_MX.unsqueeze(-1)).squeeze(-1)
-        logits_MJG = _at_least_float32(logits_MW).view_as(slots_MJG) + self.bias_W[slots_MJG]
-        log_p_MJG = logits_MJG.masked_fill(slots_MJG > last, -torch.inf).log_softmax(-1)
-        return log_p_MJG, self.tokens_V[slots_MJG.clamp_max(last)]
+        logits_MJG = logits_MW.view_as(slots_MJG) + self.bias_W[slots_MJG]
+        return logits_MJG.masked_fill(slots_MJG >= len(self.tokens_V), -torch.inf), slots_MJG
 
     def draw(self, class_M: Tensor, vectors_MX: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
         """Sample a token of a given class per row, (M,); also returns a number, as `Vocabulary.draw` does.
@@ -196,13 +201,10 @@ class ClassedTokens:
         return torch.cat(tokens), torch.cat(totals)
 
     def _draw(self, class_M: Tensor, vectors_MX: Tensor, uniform_M: Tensor) -> tuple[Tensor, Tensor]:
-        size, last = self.class_size, len(self.tokens_V) - 1
-        slots_MG = class_M.unsqueeze(-1) * size + torch.arange(size, device=class_M.device)
-        table_MGX = self.table_WX.unflatten(0, (-1, size))[class_M]
-        logits_MG = torch.bmm(table_MGX, vectors_MX.unsqueeze(-1)).squeeze(-1) + self.bias_W[slots_MG]
-        logits_MG = logits_MG.float().masked_fill(slots_MG > last, -torch.inf)
-        within_M, _, total_M = draw_from_logits(logits_MG, uniform_M)
-        return self.tokens_V[(class_M * size + within_M).clamp_max(last)], total_M
+        logits_M1G, _ = self._logits_of(class_M.unsqueeze(-1), vectors_MX)
+        within_M, _, total_M = draw_from_logits(logits_M1G.squeeze(1).float(), uniform_M)
+        slot_M = class_M * self.class_size + within_M
+        return self.tokens_V[slot_M.clamp_max(len(self.tokens_V) - 1)], total_M
 
 
 @dataclass(frozen=True)
