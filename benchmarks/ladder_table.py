@@ -53,6 +53,7 @@ def report(rows: list[Row], floor: dict[str, Any]) -> str:
             if (line := fit([row for row in scored if row["kind"] == kind], name)) is not None:
                 slope, error, _ = line
                 lines.append(f"{LABELS[kind]}: {name} {slope:+.3f} ± {error:.3f} for ten times the FLOPs")
+    lines += ["", *comparisons(scored)]
     return "\n".join(lines)
 
 
@@ -68,6 +69,53 @@ def fit(rows: list[Row], name: str) -> tuple[float, float, Callable[[float], flo
     line = linregress([math.log10(row["training_flops"]) for row in rows], [row[name] for row in rows])
     error = line.stderr if len(rows) > 2 else math.inf
     return line.slope, error, lambda flops: line.intercept + line.slope * math.log10(flops)
+
+
+def comparisons(scored: list[Row]) -> list[str]:
+    """For each kind and score, the line of its differences to the Transformer, and where that is zero."""
+    baseline = {(row["budget"], row["seed"]): row for row in scored if row["kind"] == "baseline"}
+    lines = []
+    for kind in LABELS:
+        pairs = [
+            (row, baseline[row["budget"], row["seed"]])
+            for row in scored
+            if row["kind"] == kind != "baseline" and (row["budget"], row["seed"]) in baseline
+        ]
+        if len({row["budget"] for row, _ in pairs}) < 3:
+            continue
+        budgets = [row["budget"] for row, _ in pairs]
+        for name in ("nats", "brier_lm"):
+            difference = line_of_differences(budgets, [row[name] - other[name] for row, other in pairs])
+            lines.append(f"{LABELS[kind]}, to the Transformer: {name} {difference}")
+    return lines
+
+
+def line_of_differences(budgets: list[float], differences: list[float]) -> str:
+    """Slope of a difference per factor of ten in FLOPs, and where its line crosses zero.
+
+    The standard error of the crossing is from the delta method on the line through the points' center. Lines
+    whose slope is less than two standard errors from zero have no such place that one could tell.
+    """
+    logarithms = [math.log10(budget) for budget in budgets]
+    line = linregress(logarithms, differences)
+    slope = f"{line.slope:+.3f} ± {line.stderr:.3f} for ten times the FLOPs"
+    if abs(line.slope) < 2 * line.stderr:
+        mean = statistics.mean(differences)
+        return f"{slope}: none that can be told from zero, on average {mean:+.3f}"
+    center, height = statistics.mean(logarithms), statistics.mean(differences)
+    crossing = -line.intercept / line.slope
+    residuals = [
+        difference - line.intercept - line.slope * x
+        for x, difference in zip(logarithms, differences, strict=True)
+    ]
+    variance_of_mean = sum(residual**2 for residual in residuals) / (len(residuals) - 2) / len(residuals)
+    error = math.sqrt(variance_of_mean + ((crossing - center) * line.stderr) ** 2) / abs(line.slope)
+    low, high = 10 ** (crossing - error), 10 ** (crossing + error)
+    side = "inside" if min(budgets) <= 10**crossing <= max(budgets) else "outside"
+    return (
+        f"{slope}, {height:+.3f} on average; zero at {10**crossing:.1e} ({low:.1e} to {high:.1e}), "
+        f"{side} what was trained"
+    )
 
 
 def draw(rows: list[Row], figure: Path) -> None:

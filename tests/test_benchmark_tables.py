@@ -1,5 +1,8 @@
 """The benchmarks print their tables from the results in the repository, as docs/benchmarks says."""
 
+import math
+import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,3 +23,30 @@ def test_table_is_printed_from_the_committed_results(name, tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     assert EXPECTED_ROWS[name] in result.stdout
+
+
+@pytest.fixture
+def line_of_differences(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from ladder_table import line_of_differences
+
+    return line_of_differences
+
+
+def test_interval_of_the_crossing_contains_it_as_often_as_one_standard_error_should(line_of_differences):
+    budgets = [5e12, 1e13, 2e13, 5e13] * 2
+    noise = random.Random(1)
+    hits = 0
+    for _ in range(1000):
+        line = line_of_differences(
+            budgets, [0.15 * (math.log10(flops) - 14) + noise.gauss(0, 0.01) for flops in budgets]
+        )
+        low, high = map(float, re.search(r"\((\S+) to (\S+)\)", line).groups())
+        hits += low <= 1e14 <= high
+    assert 0.62 < hits / 1000 < 0.78  # 0.68, and a little more for the rounding of the printed numbers.
+
+
+def test_flat_differences_have_no_crossing(line_of_differences):
+    line = line_of_differences([5e12, 1e13, 2e13, 5e13], [-0.10, -0.12, -0.09, -0.11])
+    assert "none that can be told from zero, on average -0.105" in line
+    assert "zero at" not in line
