@@ -55,10 +55,11 @@ CHUNK_SIZES = {
     "sequential_K2": 2,
     "sequential_K4": 4,
     "sequential_K8": 8,
+    "classes_K2": 2,
     "classes_K4": 4,
     "classes_K1": 1,
 }
-NUM_CLASSES = {"classes_K4": 64, "classes_K1": 64}
+NUM_CLASSES = dict.fromkeys(("classes_K1", "classes_K2", "classes_K4"), 64)
 WIDTHS = (64, 96, 128, 192, 256, 384, 512)
 FIRST_WIDTHS = {1e13: (64,), 2e13: (64,), 5e13: (96, 128), 2e14: (128, 192), 1e15: (256, 384)}
 """Widths that are tried first, by budget. A single one was found on the same text before (docs/log.md,

@@ -18,6 +18,7 @@ LABELS = {
     "sequential_K2": "sequential head, K = 2",
     "sequential_K4": "sequential head, K = 4",
     "sequential_K8": "sequential head, K = 8",
+    "classes_K2": "64 classes, K = 2",
     "classes_K4": "64 classes, K = 4",
     "classes_K1": "64 classes, K = 1",
 }
