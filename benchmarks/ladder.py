@@ -61,7 +61,7 @@ CHUNK_SIZES = {
 }
 NUM_CLASSES = dict.fromkeys(("classes_K1", "classes_K2", "classes_K4"), 64)
 WIDTHS = (64, 96, 128, 192, 256, 384, 512)
-FIRST_WIDTHS = {1e13: (64,), 2e13: (64,), 5e13: (96, 128), 2e14: (128, 192), 1e15: (256, 384)}
+FIRST_WIDTHS = {5e12: (64,), 1e13: (64,), 2e13: (64,), 5e13: (96, 128), 2e14: (128, 192), 1e15: (256, 384)}
 """Widths that are tried first, by budget. A single one was found on the same text before (docs/log.md,
 "The right size for a budget"), so no others are tried."""
 LARGE_BUDGET = 2e14

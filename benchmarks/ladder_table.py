@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def report(rows: list[Row], floor: dict[str, Any]) -> str:
             if (line := fit([row for row in scored if row["kind"] == kind], name)) is not None:
                 slope, error, _ = line
                 lines.append(f"{LABELS[kind]}: {name} {slope:+.3f} ± {error:.3f} for ten times the FLOPs")
-    lines += ["", *comparisons(scored)]
+    lines += ["", *comparisons(scored), "", *savings(scored)]
     return "\n".join(lines)
 
 
@@ -119,17 +120,66 @@ def line_of_differences(budgets: list[float], differences: list[float]) -> str:
     )
 
 
+def savings(scored: list[Row]) -> list[str]:
+    """For each kind and score, the share of the Transformer's FLOPs after which it scores as well."""
+    lines = []
+    for kind in LABELS:
+        for name in ("nats", "brier_lm"):
+            baseline, model = (
+                _means([row for row in scored if row["kind"] == which], name) for which in ("baseline", kind)
+            )
+            shares = [
+                f"{flops / budget:.2f} at {budget:.0e}"
+                for budget, score in baseline.items()
+                if (flops := flops_for(score, model)) is not None
+            ]
+            if shares and kind != "baseline":
+                lines.append(f"{LABELS[kind]}, FLOPs for the Transformer's {name}: {', '.join(shares)}")
+    return lines
+
+
+def flops_for(score: float, score_by_flops: dict[float, float]) -> float | None:
+    """FLOPs after which a model has a score, interpolated in their logarithm; None outside what was trained.
+
+    Args:
+        score: The score.
+        score_by_flops: Scores of the model, by FLOPs in ascending order.
+    """
+    for (flops, low), (more_flops, high) in pairwise(score_by_flops.items()):
+        if min(low, high) <= score <= max(low, high) and low != high:
+            return flops * (more_flops / flops) ** ((score - low) / (high - low))
+    return None
+
+
+def _means(rows: list[Row], name: str) -> dict[float, float]:
+    """Mean score over seeds, by budget."""
+    budgets = sorted({row["budget"] for row in rows})
+    return {
+        budget: statistics.mean(row[name] for row in rows if row["budget"] == budget) for budget in budgets
+    }
+
+
 def draw(rows: list[Row], figure: Path) -> None:
-    """Plot nats and BrierLM against FLOPs and minutes: means over seeds, and the fits."""
+    """Plot nats and BrierLM against FLOPs and minutes: means over seeds, and the fits.
+
+    Minutes are those of the machine that most models were trained on.
+    """
     scored = [row for row in rows if "brier_lm" in row]
+    machine = statistics.mode(row["machine"] for row in scored)
     drawing = new_figure(12, 8)
     panels = drawing.subplots(2, 2)
-    for column, (label, x_of) in enumerate(
-        (("training FLOPs", lambda row: row["training_flops"]), ("minutes", lambda row: row["seconds"] / 60))
-    ):
+    columns: tuple[tuple[str, list[Row], Callable[[Row], float]], ...] = (
+        ("training FLOPs", scored, lambda row: row["training_flops"]),
+        (
+            f"minutes on {machine.partition(' of ')[2]}",
+            [row for row in scored if row["machine"] == machine],
+            lambda row: row["seconds"] / 60,
+        ),
+    )
+    for column, (label, shown, x_of) in enumerate(columns):
         for axes, name in zip(panels[:, column], ("nats", "brier_lm"), strict=True):
             for index, kind in enumerate(LABELS):
-                chosen = [row for row in scored if row["kind"] == kind]
+                chosen = [row for row in shown if row["kind"] == kind]
                 points = []
                 for budget in sorted({row["budget"] for row in chosen}):
                     same = [row for row in chosen if row["budget"] == budget]

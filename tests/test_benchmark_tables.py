@@ -26,11 +26,16 @@ def test_table_is_printed_from_the_committed_results(name, tmp_path):
 
 
 @pytest.fixture
-def line_of_differences(monkeypatch):
+def ladder_table(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from ladder_table import line_of_differences
+    import ladder_table
 
-    return line_of_differences
+    return ladder_table
+
+
+@pytest.fixture
+def line_of_differences(ladder_table):
+    return ladder_table.line_of_differences
 
 
 def test_interval_of_the_crossing_contains_it_as_often_as_one_standard_error_should(line_of_differences):
@@ -50,3 +55,11 @@ def test_flat_differences_have_no_crossing(line_of_differences):
     line = line_of_differences([5e12, 1e13, 2e13, 5e13], [-0.10, -0.12, -0.09, -0.11])
     assert "none that can be told from zero, on average -0.105" in line
     assert "zero at" not in line
+
+
+def test_flops_for_a_score_are_interpolated_in_their_logarithm(ladder_table):
+    nats = {1e13: 4.5, 4e13: 4.3, 1e14: 4.2}
+    assert ladder_table.flops_for(4.4, nats) == pytest.approx(2e13)
+    assert ladder_table.flops_for(4.2, nats) == pytest.approx(1e14)
+    assert ladder_table.flops_for(4.1, nats) is None
+    assert ladder_table.flops_for(4.6, nats) is None
