@@ -28,9 +28,9 @@ Row = dict[str, Any]
 
 def report(rows: list[Row], floor: dict[str, Any]) -> str:
     """A table of all models, with scores of the chosen ones; the n-gram models; and the fits."""
-    scored = [row for row in rows if "brier_lm" in row]
+    scored = chosen(rows)
     lines = [
-        "| model | FLOPs | width | seed | steps | tokens read | nats to choose by | nats | BrierLM "
+        "| model | FLOPs | width | seed | tokens read | FLOPs a token | nats to choose by | nats | BrierLM "
         "| to the Transformer | min |",
         "|" + "---|" * 11,
     ]
@@ -38,8 +38,8 @@ def report(rows: list[Row], floor: dict[str, Any]) -> str:
         is_scored = "brier_lm" in row
         lines.append(
             f"| {LABELS[row['kind']]} | {row['budget']:.0e} "
-            f"| {row['width']} | {row['seed']} | {row['steps']:,} "
-            f"| {row['training_tokens'] / 1e6:.1f} M | {row['nats_to_choose_by']:.3f} "
+            f"| {row['width']} | {row['seed']} | {row['training_tokens'] / 1e6:.1f} M "
+            f"| {row['inference_flops'] / 1e6:.2f} M | {row['nats_to_choose_by']:.3f} "
             f"| {format(row['nats'], '.3f') if is_scored else ''} "
             f"| {with_error(row['brier_lm'], row['error']) if is_scored else ''} "
             f"| {_difference(row, scored)} | {row['seconds'] / 60:.0f} |"
@@ -57,6 +57,24 @@ def report(rows: list[Row], floor: dict[str, Any]) -> str:
                 lines.append(f"{LABELS[kind]}: {name} {slope:+.3f} ± {error:.3f} for ten times the FLOPs")
     lines += ["", *comparisons(scored), "", *savings(scored)]
     return "\n".join(lines)
+
+
+def chosen(rows: list[Row]) -> list[Row]:
+    """Scored rows whose width is the best of their kind and budget, by the first seed's nats to choose by."""
+    best: dict[tuple[str, float], Row] = {}
+    first_seed = min(row["seed"] for row in rows)
+    for row in rows:
+        key = row["kind"], row["budget"]
+        is_better = key not in best or row["nats_to_choose_by"] < best[key]["nats_to_choose_by"]
+        if row["seed"] == first_seed and is_better:
+            best[key] = row
+    return [
+        row
+        for row in rows
+        if "brier_lm" in row
+        and (choice := best.get((row["kind"], row["budget"]))) is not None
+        and row["width"] == choice["width"]
+    ]
 
 
 def fit(rows: list[Row], name: str) -> tuple[float, float, Callable[[float], float]] | None:
@@ -164,7 +182,7 @@ def draw(rows: list[Row], figure: Path) -> None:
 
     Minutes are those of the machine that most models were trained on.
     """
-    scored = [row for row in rows if "brier_lm" in row]
+    scored = chosen(rows)
     machine = statistics.mode(row["machine"] for row in scored)
     drawing = new_figure(12, 8)
     panels = drawing.subplots(2, 2)
@@ -179,10 +197,10 @@ def draw(rows: list[Row], figure: Path) -> None:
     for column, (label, shown, x_of) in enumerate(columns):
         for axes, name in zip(panels[:, column], ("nats", "brier_lm"), strict=True):
             for index, kind in enumerate(LABELS):
-                chosen = [row for row in shown if row["kind"] == kind]
+                of_kind = [row for row in shown if row["kind"] == kind]
                 points = []
-                for budget in sorted({row["budget"] for row in chosen}):
-                    same = [row for row in chosen if row["budget"] == budget]
+                for budget in sorted({row["budget"] for row in of_kind}):
+                    same = [row for row in of_kind if row["budget"] == budget]
                     values = [row[name] for row in same]
                     errors = [row["error"] if name == "brier_lm" else 0.0 for row in same]
                     x = statistics.mean(map(x_of, same))
@@ -200,7 +218,7 @@ def draw(rows: list[Row], figure: Path) -> None:
                     color=f"C{index}",
                     label=LABELS[kind],
                 )
-                if column == 0 and (line := fit(chosen, name)) is not None:
+                if column == 0 and (line := fit(of_kind, name)) is not None:
                     axes.plot(x, [line[2](flops) for flops in x], color=f"C{index}", linewidth=1)
             axes.set(xlabel=label, xscale="log", ylabel="nats per token" if name == "nats" else "BrierLM")
             axes.grid(alpha=0.3)

@@ -63,3 +63,19 @@ def test_flops_for_a_score_are_interpolated_in_their_logarithm(ladder_table):
     assert ladder_table.flops_for(4.2, nats) == pytest.approx(1e14)
     assert ladder_table.flops_for(4.1, nats) is None
     assert ladder_table.flops_for(4.6, nats) is None
+
+
+def test_only_models_of_the_chosen_width_are_compared(ladder_table):
+    def row(width, seed, nats, **scores):
+        return {
+            "kind": "baseline", "budget": 1e13, "width": width, "seed": seed, "nats_to_choose_by": nats
+        } | scores  # fmt: skip
+
+    rows = [
+        row(64, 1, 4.2, brier_lm=0.6),
+        row(96, 1, 4.1, brier_lm=0.7),
+        row(96, 2, 4.3, brier_lm=0.5),
+        row(64, 2, 4.0, brier_lm=0.8),
+        row(96, 3, 4.0),
+    ]
+    assert ladder_table.chosen(rows) == [rows[1], rows[2]]
