@@ -203,8 +203,8 @@ def draw(rows: list[Row], figure: Path) -> None:
                     same = [row for row in of_kind if row["budget"] == budget]
                     values = [row[name] for row in same]
                     errors = [row["error"] if name == "brier_lm" else 0.0 for row in same]
-                    x = statistics.mean(map(x_of, same))
-                    points.append((x, statistics.mean(values), error_over_seeds(values, errors)))
+                    cost = statistics.mean(map(x_of, same))
+                    points.append((cost, statistics.mean(values), error_over_seeds(values, errors)))
                 if not points:
                     continue
                 x, y, error = zip(*points, strict=True)
